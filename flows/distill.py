@@ -1,0 +1,183 @@
+"""The sub-flow of the block phase: one Prefect task per block, mapped over the worker pool."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.pool import SlotPool, WorkerPool, worker_slots
+from flows.progress import Monitor, log_figures
+from pbkd.artifacts import Workspace, write_json
+from pbkd.distill import JobReport, JobSpec, run_job
+from pbkd.errors import JobError
+from pbkd.locks import device_lock_dir
+from pbkd.measure import EnergyMeter, EnergyReading
+from pbkd.report import BlockPhase
+from pbkd.settings import Settings
+from pbkd.stages import StageContext
+from pbkd.stages.context import recorded
+from pbkd.stages.distill import DistillPlan, finish_distill, is_done, plan_distill
+from pbkd.tracking import PipelineRun
+
+_POLL_S = 0.2
+_MAX_TASKS = 4096
+
+
+def _is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+    """A crashed or hung worker is; a user's mistake will not go away."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, JobError)
+
+
+@task(
+    name="block",
+    task_run_name="{block}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=_is_worth_a_retry,
+)
+def distill_block(block: str, fan_out: FanOut) -> Any:
+    """Train and score the candidates of one block; at once where the store holds them."""
+    if fan_out.is_done(block):
+        return Completed(name="Skipped", message="taken from the store", data=block)
+    fan_out.build(block)
+    return block
+
+
+@flow(
+    name="distill",
+    flow_run_name="distill",
+    validate_parameters=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=_MAX_TASKS),  # type: ignore[arg-type]
+)
+def distill(root: str, state: str, params: str) -> None:
+    """Run stage `distill` of a workspace.
+
+    Args:
+        root: the workspace's folder.
+        state: its state folder.
+        params: the params.yaml to read.
+
+    Raises:
+        JobError: some blocks failed; what is finished is kept, and a rerun builds only the others.
+    """
+    context = StageContext.load(Workspace(Path(root), Path(state)), Path(params))
+    settings, workspace = context.settings, context.workspace
+    with recorded("distill", workspace):
+        slots = worker_slots(settings)
+        plan = plan_distill(context, len(slots))
+        run = PipelineRun.current(workspace, context.params)
+        todo = [t for t in plan.trainees if not is_done(workspace.store, t)]
+        progress = workspace.state / "progress"
+        meter = EnergyMeter.of_this_machine()
+        with (
+            make_pool(slots, settings) as pool,
+            Monitor(todo, progress, context.params.distill.epochs, workspace.store, run),
+            meter.window("blocks") as window,
+        ):
+            fan_out = FanOut(pool, plan, context)
+            blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)
+            futures = blocks.map(plan.blocks, unmapped(fan_out))
+            wait(list(futures))
+        log_figures(list(plan.trainees), workspace.store, run)
+        _raise_failures(plan.blocks, [future.state for future in futures])
+        finish_distill(context, plan, fan_out.reports)
+        if fan_out.reports:
+            phase = _block_phase(fan_out.reports, len(slots), window.result)
+            write_json(workspace.state / "block_phase.json", phase)
+
+
+def make_pool(slots: list[Any], settings: Settings) -> SlotPool:
+    """The pool of this machine's slots."""
+    return SlotPool(
+        slots,
+        lock_dir=settings.lock_dir or device_lock_dir(),
+        job_timeout_s=settings.job_timeout_s,
+        hang_timeout_s=settings.hang_timeout_s,
+    )
+
+
+class FanOut:
+    """Lets the blocks of one job share one submission; each block is done when its items are there.
+
+    A plain class, so that Prefect passes it to the tasks without looking inside.
+    """
+
+    def __init__(self, pool: WorkerPool, plan: DistillPlan, context: StageContext) -> None:
+        self.reports: list[JobReport] = []
+        self._pool = pool
+        self._plan = plan
+        self._store = context.workspace.store
+        self._jobs = {t.block: job for job in plan.jobs for t in job.trainees}
+        self._futures: dict[str, Future[JobReport]] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(plan.jobs)))
+
+    def is_done(self, block: str) -> bool:
+        """Whether the store holds all of a block's candidates, scored."""
+        return all(is_done(self._store, trainee) for trainee in self._plan.of_block(block))
+
+    def build(self, block: str) -> None:
+        """Wait for the block, submitting its job unless it is under way.
+
+        Raises:
+            PbkdError: the job failed before the block was done.
+        """
+        future = self._submitted(self._jobs[block])
+        while not future.done() and not self.is_done(block):
+            time.sleep(_POLL_S)
+        if not self.is_done(block):
+            future.result()
+            raise JobError(f"block {block}: its job ended without a result; run it again")
+        get_run_logger().info("block %s is done", block)
+
+    def _submitted(self, job: JobSpec) -> Future[JobReport]:
+        with self._lock:
+            future = self._futures.get(job.job_id)
+            if future is None or future.done():
+                future = self._threads.submit(self._run, job)
+                self._futures[job.job_id] = future
+            return future
+
+    def _run(self, job: JobSpec) -> JobReport:
+        cost = sum(self._plan.costs[trainee.name] for trainee in job.trainees)
+        report = self._pool.run(run_job, job, priority=cost, heartbeat=job.heartbeat)
+        self.reports.append(report)
+        return report
+
+
+def _raise_failures(blocks: list[str], states: list[Any]) -> None:
+    failed = {
+        block: state.result(raise_on_failure=False)
+        for block, state in zip(blocks, states, strict=True)
+        if not state.is_completed()
+    }
+    if failed:
+        reasons = "; ".join(f"{block}: {error}" for block, error in failed.items())
+        raise JobError(
+            f"distill: {len(failed)} of {len(blocks)} blocks failed: {reasons}; the others are "
+            "kept, run again to build the missing ones"
+        )
+
+
+def _block_phase(reports: list[JobReport], num_workers: int, energy: EnergyReading) -> BlockPhase:
+    started = min(report.started_at for report in reports)
+    ended = max(report.started_at + report.duration_s for report in reports)
+    jobs_s = sum(report.duration_s for report in reports)
+    return BlockPhase(
+        num_workers=num_workers,
+        num_jobs=len(reports),
+        wall_s=ended - started,
+        jobs_s=jobs_s,
+        speedup=jobs_s / (ended - started),
+        energy_j=energy.total_j,
+    )

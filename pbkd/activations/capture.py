@@ -1,0 +1,120 @@
+"""One pass of the teacher that hands out the inputs and outputs of chosen blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbkd.errors import BlockError
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A block's input and output for the same images, (B, ...) each."""
+
+    input: Tensor
+    output: Tensor
+
+
+class _PassIsOver(Exception):  # noqa: N818
+    """Ends the teacher's pass once the last block has run."""
+
+
+@dataclass
+class _Held:
+    """Tensors of one pass, by (path, "input" or "output"), with their versions at the hook."""
+
+    tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    versions: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+class Capture:
+    """Runs a network and keeps the activations of some blocks.
+
+    A dry pass compares each captured tensor's version at the hook and after the pass; what a later
+    in-place operation overwrites (by an in-place ReLU, say) is cloned from then on.
+
+    Args:
+        model: the teacher; blocks are named below ``model.net``.
+        paths: the blocks.
+        images_nchw: some images for the dry pass.
+        dtype: what is handed out; both sources round to it.
+
+    Raises:
+        BlockError: an activation does not fit the dtype.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: Iterable[str], images_nchw: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.model = model.eval()
+        self.net = model.get_submodule("net")
+        self.paths = tuple(paths)
+        self.dtype = dtype
+        self.overwritten: set[tuple[str, str]] = set()
+        held = self._pass(images_nchw, self.paths)
+        self.overwritten = {
+            key for key, tensor in held.tensors.items() if tensor._version != held.versions[key]
+        }
+        for (path, side), tensor in self._pass(images_nchw, self.paths).tensors.items():
+            if not torch.isfinite(tensor.to(dtype)).all():
+                raise BlockError(
+                    f"block {path}: its {side} reaches {float(tensor.abs().max()):.3g}, which "
+                    f"{dtype} does not hold; set `activations.dtype: bfloat16` or `float32`"
+                )
+
+    def __call__(
+        self, images_nchw: Tensor, paths: Iterable[str] | None = None
+    ) -> dict[str, Activation]:
+        """Activations of the given blocks (default: all) for (B, C, H, W) images in [0, 1]."""
+        wanted = self.paths if paths is None else tuple(paths)
+        held = self._pass(images_nchw, wanted)
+        rounded = {key: tensor.to(self.dtype) for key, tensor in held.tensors.items()}
+        return {
+            path: Activation(rounded[path, "input"], rounded[path, "output"]) for path in wanted
+        }
+
+    def _pass(self, images_nchw: Tensor, paths: tuple[str, ...]) -> _Held:
+        held = _Held()
+        # inference_mode tensors have no version counter
+        with torch.no_grad(), self._hooks(paths, held), suppress(_PassIsOver):
+            self.model(images_nchw)
+        return held
+
+    @contextmanager
+    def _hooks(self, paths: tuple[str, ...], held: _Held) -> Iterator[None]:
+        pending = set(paths)
+
+        def keep(key: tuple[str, str], tensor: Tensor) -> None:
+            tensor = tensor.clone() if key in self.overwritten else tensor
+            held.tensors[key] = tensor
+            held.versions[key] = tensor._version
+
+        def after(path: str, output: Tensor) -> None:
+            keep((path, "output"), output)
+            pending.discard(path)
+            if not pending:
+                raise _PassIsOver
+
+        handles = []
+        for path in paths:
+            module = self.net.get_submodule(path)
+
+            def before_hook(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                keep((path, "input"), args[0])
+
+            def after_hook(_: nn.Module, args: Any, out: Tensor, path: str = path) -> None:
+                after(path, out)
+
+            handles.append(module.register_forward_pre_hook(before_hook))
+            handles.append(module.register_forward_hook(after_hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

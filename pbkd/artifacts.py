@@ -1,0 +1,259 @@
+"""Files that are whole or absent: atomic writes, digests, the workspace's paths and the store.
+
+Every writer writes to a temporary name and renames. An item of the store is a folder that appears
+under its key in one rename, so whatever is there is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pbkd.errors import ArtifactError
+
+MARKER = "item.json"
+
+
+# ---------------------------------------------------------------- digests
+
+
+def digest_of(value: Any) -> str:
+    """128-bit hex digest of a JSON-like value; mappings count without their order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_jsonable)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """128-bit hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """128-bit hex digest of named tensors: names, dtypes, shapes and bytes."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+# ---------------------------------------------------------------- whole files
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it on success, remove it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (pydantic models too) with a final newline, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ArtifactError where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; run the stage that writes it") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all; shared memory is written out twice."""
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read safetensors; ArtifactError where the file is missing, truncated or something else."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; run the stage that writes it")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is not a whole safetensors file ({error}); delete it"
+        ) from None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+# ---------------------------------------------------------------- folders
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``path`` on success and vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder by hard links (by bytes where the file system has none)."""
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Finished items under their keys, ``root/kind/key/``, each whole, with checksums."""
+
+    root: Path
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.root / kind / key
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether the item is there, with all files at their sizes (contents: ``verify``)."""
+        return _is_whole(self.path(kind, key), key)
+
+    def put(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` fill a folder and publish it under its key; the first writer wins."""
+        path = self.path(kind, key)
+        if self.has(kind, key):
+            return path
+        with atomic_dir(path) as temporary:
+            write(temporary)
+            write_marker(temporary, key)
+        return path
+
+    def adopt(self, kind: str, folder: Path) -> bool:
+        """Import a whole item from a stage's old output; False where it is not whole."""
+        try:
+            key = str(read_json(folder / MARKER)["key"])
+        except (ArtifactError, KeyError, TypeError):
+            return False
+        if self.has(kind, key):
+            return True
+        if not _is_whole(folder, key) or not _content_matches(folder):
+            return False
+        with atomic_dir(self.path(kind, key)) as temporary:
+            shutil.rmtree(temporary)
+            link_tree(folder, temporary)
+        return True
+
+    def verify(self, kind: str, key: str) -> None:
+        """Compare every file with the marker's digests.
+
+        Raises:
+            ArtifactError: the damaged item; it is removed, so that a rerun makes it anew.
+        """
+        path = self.path(kind, key)
+        if not self.has(kind, key) or not _content_matches(path):
+            shutil.rmtree(path, ignore_errors=True)
+            raise ArtifactError(f"{path} is damaged and was removed; run again to make it anew")
+
+
+def write_marker(folder: Path, key: str) -> None:
+    """Write the marker of a finished item, last: its key, and size and digest of each file."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "digest": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / MARKER, {"key": key, "files": files})
+
+
+def _is_whole(folder: Path, key: str) -> bool:
+    try:
+        marker = read_json(folder / MARKER)
+        return bool(marker["key"] == key) and all(
+            (folder / name).stat().st_size == entry["size"]
+            for name, entry in marker["files"].items()
+        )
+    except (ArtifactError, OSError, KeyError, TypeError):
+        return False
+
+
+def _content_matches(folder: Path) -> bool:
+    marker = read_json(folder / MARKER)
+    return all(
+        file_digest(folder / name) == entry["digest"] for name, entry in marker["files"].items()
+    )
+
+
+# ---------------------------------------------------------------- the workspace
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of one workspace: ``root`` holds params.yaml and outputs, ``state`` outlives them."""
+
+    root: Path
+    state: Path
+
+    @classmethod
+    def find(cls, root: Path | None = None, state: Path | None = None) -> Workspace:
+        """The workspace at ``root`` (default: here); state lies beside the DVC root."""
+        root = (root or Path.cwd()).resolve()
+        dvc_root = Path(os.environ.get("DVC_ROOT", root))
+        return cls(root, (state or dvc_root / ".pbkd").resolve())
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "data" / "prepared"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def store(self) -> Store:
+        return Store(self.state / "store")
+
+    def artifacts(self, stage: str) -> Path:
+        """Output folder of a stage."""
+        return self.root / "artifacts" / stage

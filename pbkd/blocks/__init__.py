@@ -1,0 +1,18 @@
+"""What can be replaced, by what, and from which weights."""
+
+from pbkd.blocks.candidates import build_candidate, candidate_name, init_candidate
+from pbkd.blocks.discover import BlockFacts, CandidateFacts, Discovery, Rejected, find_blocks
+from pbkd.blocks.swap import swap, swapped
+
+__all__ = [
+    "BlockFacts",
+    "CandidateFacts",
+    "Discovery",
+    "Rejected",
+    "build_candidate",
+    "candidate_name",
+    "find_blocks",
+    "init_candidate",
+    "swap",
+    "swapped",
+]

@@ -1,0 +1,316 @@
+"""The command line: a verb per stage, and what drives or shows the whole.
+
+Heavy libraries are imported by the verb that needs them, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table as RichTable
+
+from pbkd._version import __version__
+from pbkd.errors import ConfigError, PbkdError
+from pbkd.locks import workspace_lock
+
+if TYPE_CHECKING:
+    from pbkd.artifacts import Workspace
+    from pbkd.report import Table
+
+_EXIT_ERROR = 1
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+
+# Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
+_PREFECT_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "pbkd,flows",
+}
+
+app = typer.Typer(
+    name="pbkd",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compress a trained CNN by parallel blockwise knowledge distillation.\n\n"
+    "`dvc repro` or `pbkd run` goes through all stages; each stage is a verb, too. "
+    "Parameters come from params.yaml, settings of this machine from PBKD_ variables.\n\n"
+    "Examples: `pbkd inspect` · `pbkd run` · `PBKD_WORKERS=4 pbkd distill` · `pbkd report`",
+)
+_debug = False
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and an exit code."""
+    try:
+        app()
+    except PbkdError as error:
+        if _debug:
+            traceback.print_exc()
+        else:
+            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(_EXIT_USAGE if isinstance(error, ConfigError) else _EXIT_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr)
+        sys.exit(_EXIT_INTERRUPTED)
+
+
+def _plain(error: PbkdError) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pbkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Stack traces and detailed logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=debug, show_level=debug, log_time_format="%H:%M:%S"
+    )
+    for name in ("pbkd", "flows"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _stage(name: str) -> None:
+    from pbkd.stages import StageContext, run_stage
+
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        run_stage(name, StageContext.load(workspace))
+
+
+@app.command(rich_help_panel="Stages")
+def prepare() -> None:
+    """Decode the images once into data/prepared/."""
+    _stage("prepare")
+
+
+@app.command(rich_help_panel="Stages")
+def teacher() -> None:
+    """Train the teacher, and stop if it is too weak."""
+    _stage("teacher")
+
+
+@app.command(rich_help_panel="Stages")
+def blocks() -> None:
+    """Find the teacher's blocks and list their candidates."""
+    _stage("blocks")
+
+
+@app.command(rich_help_panel="Stages")
+def activations() -> None:
+    """Settle the source of activations, and fill the cache if there is one."""
+    _stage("activations")
+
+
+@app.command(rich_help_panel="Stages")
+def distill() -> None:
+    """Train every candidate of every block in parallel (a Prefect flow), and score its damage."""
+    _use_prefect()
+    from flows.distill import distill as flow
+
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        flow(str(workspace.root), str(workspace.state), str(workspace.params))
+
+
+@app.command(rich_help_panel="Stages")
+def stitch() -> None:
+    """Choose candidates, stitch students, recalibrate batch norm."""
+    _stage("stitch")
+
+
+@app.command(rich_help_panel="Stages")
+def finetune() -> None:
+    """Distill each student end to end."""
+    _stage("finetune")
+
+
+@app.command(rich_help_panel="Stages")
+def shrink() -> None:
+    """Make finished students smaller; an empty recipe passes them through."""
+    _stage("shrink")
+
+
+@app.command(rich_help_panel="Stages")
+def evaluate(
+    remeasure: Annotated[bool, typer.Option(help="Measure latency anew on this machine.")] = False,
+) -> None:
+    """Measure teacher and students, write results/."""
+    if remeasure:
+        from pbkd.stages.evaluate import forget_measurements
+
+        forget_measurements(_workspace())
+    _stage("evaluate")
+
+
+@app.command(rich_help_panel="Stages")
+def register() -> None:
+    """Put teacher and students into the MLflow registry."""
+    _stage("register")
+
+
+# ---------------------------------------------------------------- drivers and views
+
+
+@app.command()
+def run() -> None:
+    """Run the whole pipeline as one Prefect flow, skipping what DVC knows to be up to date.
+
+    Uses the server that PREFECT_API_URL names, else a temporary one.
+
+    Example: `PBKD_WORKERS=2 pbkd run`
+    """
+    _use_prefect()
+    from flows.compress import compress
+
+    workspace = _workspace()
+    compress(str(workspace.root), str(workspace.state))
+    _print_report(workspace)
+
+
+@app.command()
+def inspect() -> None:
+    """Show the teacher's blocks: shapes, parameters, MACs, share, candidates or why not.
+
+    Looks at the network of params.yaml; it need not be trained yet.
+    """
+    from pbkd.report.tables import discovery_tables
+    from pbkd.stages import StageContext
+    from pbkd.stages.blocks import preview
+
+    for table in discovery_tables(preview(StageContext.load(_workspace()))):
+        _print_table(table)
+
+
+@app.command()
+def plan(
+    workers: Annotated[
+        str, typer.Option(help="Numbers of workers to compare, separated by commas.")
+    ] = "1,2,4",
+) -> None:
+    """Show the jobs that `distill` would run, and the predicted gain from more workers.
+
+    Costs are multiply-accumulates, not seconds. Example: `pbkd plan --workers 1,2,4,8`
+    """
+    from pbkd.report.tables import plan_tables
+    from pbkd.stages import StageContext
+    from pbkd.stages.distill import preview_jobs
+
+    try:
+        numbers = [int(part) for part in workers.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--workers: got `{workers}`, expected numbers from 1 on, like 1,2,4")
+    context = StageContext.load(_workspace())
+    for table in plan_tables({number: preview_jobs(context, number) for number in numbers}):
+        _print_table(table)
+
+
+@app.command()
+def report() -> None:
+    """Print the final table, and where the report and the registry are."""
+    _print_report(_workspace())
+
+
+@app.command()
+def gc() -> None:
+    """Empty the store of finished trainees and cache shards; DVC's outputs stay."""
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        shutil.rmtree(workspace.store.root, ignore_errors=True)
+    print(f"emptied {workspace.store.root}")
+
+
+# ---------------------------------------------------------------- what verbs share
+
+
+def _workspace() -> Workspace:
+    from pbkd.artifacts import Workspace
+    from pbkd.settings import Settings
+
+    return Workspace.find(state=Settings.from_env().state_dir)
+
+
+def _use_prefect() -> None:
+    for name, value in _PREFECT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _print_table(table: Table) -> None:
+    shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for index, head in enumerate(table.heads):
+        shown.add_column(head, justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(shown)
+
+
+def _print_report(workspace: Workspace) -> None:
+    from pbkd.artifacts import read_json
+    from pbkd.report import (
+        REGISTERED,
+        REPORT,
+        block_phase_sentence,
+        final_table,
+        read_measured,
+        read_metrics,
+        stage_table,
+        summary_sentence,
+    )
+
+    metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
+    _print_table(final_table(metrics, measured))
+    _print_table(stage_table(measured))
+    print(block_phase_sentence(measured))
+    print(summary_sentence(metrics, measured))
+    receipt = read_json(workspace.results / REGISTERED)
+    print(f"\nReport:    {_shown(workspace.results / REPORT)} (open it in a browser)")
+    print(f"Registry:  {receipt['name']}, champion: version {receipt['champion'] or 'none'}")
+    print(f"           mlflow server --backend-store-uri {receipt['tracking_uri']}")
+    print(f"Load it:   mlflow.pytorch.load_model('models:/{receipt['name']}@champion')")
+
+
+def _shown(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""params.yaml as typed sections: one frozen model per stage, loaded once, at the edge.
+
+Everything here may change results, so DVC watches it; what may not is in ``pbkd.settings``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pbkd.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AugmentConfig(Section):
+    """Label-preserving changes of a training image; drawn per (seed, view, sample)."""
+
+    pad: int = Field(0, ge=0, description="random crop out of an image padded by this, pixels")
+    flip: bool = Field(False, description="mirror left to right for half of the samples")
+
+
+class PrepareConfig(Section):
+    """Raw images to uint8 arrays with train, validation and test splits."""
+
+    source: Literal["digits"] = Field("digits", description="where the images come from")
+    size: int = Field(16, ge=8, description="height and width of the prepared images, pixels")
+    val_fraction: float = Field(
+        0.15, gt=0, lt=1, description="share of the training images used to choose"
+    )
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of all images held back for the final figures"
+    )
+
+
+class TeacherConfig(Section):
+    """The network to compress, and how it is trained."""
+
+    model: str = Field("vgg_small", description="name of a network in pbkd.models.zoo")
+    width: float = Field(1.0, gt=0, description="factor on the number of channels")
+    epochs: int = Field(25, ge=1, description="passes over the training split")
+    batch_size: int = Field(64, ge=2, description="images per step")
+    lr: float = Field(0.1, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share spread over all classes")
+    augment: AugmentConfig = Field(
+        AugmentConfig(),
+        description="for the teacher's training and for every later stage that trains",
+    )
+    min_accuracy: Fraction = Field(
+        0.0, description="validation accuracy below which the run stops, 0 to 1"
+    )
+
+
+class SeparableConfig(Section):
+    """A k x k convolution as depthwise and pointwise convolutions (MobileNet, arXiv 1704.04861)."""
+
+    kind: Literal["separable"] = "separable"
+    depth: Literal[1, 2] = Field(
+        1, description="1: one separable convolution; 2: two, with a ReLU between"
+    )
+    batch_norm: bool = Field(False, description="batch norm after each depthwise convolution")
+    init: Literal["inherit", "random"] = Field(
+        "inherit", description="weights from the teacher's kernel (rank 1 per input channel)"
+    )
+
+
+CandidateConfig = SeparableConfig
+
+
+class BlocksConfig(Section):
+    """Which parts of the teacher are replaced, and by what."""
+
+    select: Literal["convs", "residual", "paths"] = Field(
+        "convs",
+        description="convs: every k x k convolution, k > 1; residual: BasicBlock- and "
+        "Bottleneck-like modules; paths: the modules that match `paths`",
+    )
+    paths: tuple[str, ...] = Field((), description="globs over module paths, e.g. layer?.*.conv2")
+    exclude: tuple[str, ...] = Field((), description="globs over module paths to leave alone")
+    candidates: tuple[CandidateConfig, ...] = Field(
+        (SeparableConfig(),), min_length=1, description="replacements tried for every block"
+    )
+    overrides: dict[str, tuple[CandidateConfig, ...]] = Field(
+        default_factory=dict,
+        description="glob over block paths: candidates instead of `candidates`; last match wins",
+    )
+
+    @model_validator(mode="after")
+    def _paths_belong_to_select(self) -> BlocksConfig:
+        if (self.select == "paths") != bool(self.paths):
+            raise ValueError("`paths` needs `select: paths`, and the other way round")
+        return self
+
+
+class ActivationsConfig(Section):
+    """Where a block's inputs and outputs come from while its replacement learns."""
+
+    source: Literal["auto", "cache", "relay"] = Field(
+        "auto",
+        description="cache: written to disk once; relay: one teacher pass per step feeds all "
+        "blocks of a job; auto: cache if it fits into `max_cache_gb`",
+    )
+    views: int = Field(2, ge=1, description="augmented versions of each image, used in turn")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="both sources round to this"
+    )
+    chunk: int = Field(512, ge=1, description="images per shard; shuffling keeps chunks together")
+    max_cache_gb: float = Field(4.0, ge=0, description="limit of `auto` for the cache, 1e9 bytes")
+
+
+class DistillConfig(Section):
+    """How each candidate is trained on its block's activations, and how its damage is scored."""
+
+    loss: Literal["relative_l2", "mse"] = Field(
+        "relative_l2", description="relative_l2: squared error over the target's squared norm"
+    )
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    lr: float = Field(2e-3, gt=0, description="start of the cosine schedule")
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: int = Field(10, ge=1, description="passes over the training split, at most")
+    batch_size: int = Field(64, ge=2, description="images per step")
+    patience: int = Field(
+        4, ge=1, description="epochs without a better validation loss before training stops"
+    )
+    min_improvement: float = Field(
+        1e-3, ge=0, description="relative fall of the validation loss that counts as better"
+    )
+    score_images: int = Field(
+        10_000, ge=1, description="validation images used for the damage, at most"
+    )
+
+
+class StitchConfig(Section):
+    """Which trained candidates become a student."""
+
+    max_damage: float = Field(
+        1.0,
+        ge=0,
+        description="mean KL divergence of the logits, nats, over which a block keeps the "
+        "teacher's module",
+    )
+    recalibrate_batches: int = Field(
+        16, ge=0, description="training batches for fresh batch-norm statistics; 0: none"
+    )
+
+
+class FinetuneConfig(Section):
+    """End-to-end distillation of a stitched student (Hinton et al., arXiv 1503.02531)."""
+
+    epochs: int = Field(8, ge=0, description="passes over the training split")
+    batch_size: int = Field(64, ge=2, description="images per step")
+    lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
+    weight_decay: float = Field(5e-4, ge=0)
+    temperature: float = Field(4.0, gt=0, description="softens both distributions")
+    label_weight: Fraction = Field(
+        0.1, description="share of the cross-entropy with labels; the rest is distillation"
+    )
+
+
+class ShrinkConfig(Section):
+    """Steps that make a finished student's file smaller; an empty recipe passes it through."""
+
+    recipe: tuple[()] = Field((), description="steps, in order; none exists in this version")
+
+
+class EvaluateConfig(Section):
+    """What is measured of teacher and students."""
+
+    batch_size: int = Field(256, ge=1, description="images per batch for the accuracy")
+    latency_batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 256)
+    latency_seconds: float = Field(
+        2.0, gt=0, description="measuring time per batch size, all models together"
+    )
+
+
+class RegisterConfig(Section):
+    """The names in the MLflow registry and the rule for the alias `champion`."""
+
+    name: str = Field("pbkd-digits", pattern=r"^[A-Za-z0-9][\w.-]*$", description="model name")
+    max_accuracy_drop: Fraction = Field(
+        0.02, description="validation accuracy that a champion may lose against its teacher"
+    )
+
+
+class Params(Section):
+    """params.yaml: a seed, and a section per stage."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    prepare: PrepareConfig = PrepareConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    blocks: BlocksConfig = BlocksConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    distill: DistillConfig = DistillConfig()
+    stitch: StitchConfig = StitchConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    shrink: ShrinkConfig = ShrinkConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    register_: RegisterConfig = Field(RegisterConfig(), alias="register")
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ConfigError: names the file, the key, what was got and what is expected.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; run pbkd where params.yaml lies") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__}, expected sections like `seed: 0`")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(entry) for entry in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _explain(entry: Any) -> str:
+    *parents, key = [str(part) for part in entry["loc"]] or [""]
+    where = ".".join([*parents, key])
+    if entry["type"] != "extra_forbidden":
+        return f"{where}: got {entry['input']!r}; {entry['msg']}"
+    known = _field_names(Params, parents)
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _field_names(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Names that are valid at a location, found by walking the sections' annotations."""
+    for part in location:
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        inner = _section_in(field.annotation) if field else None
+        model = inner or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple, dict, Annotated):
+        return next((s for s in map(_section_in, get_args(annotation)) if s), None)
+    return None

@@ -1,0 +1,145 @@
+"""The one stream: batch order and augmentation as functions of (seed, epoch, sample) alone.
+
+Every stage that trains, and both activation sources, read images through it, so a result depends on
+neither source, grouping nor number of workers.
+
+Shapes: B images per batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbkd.config import AugmentConfig
+from pbkd.data.prepare import Split
+from pbkd.seeding import make_generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one step.
+
+    Attributes:
+        rows: (B,) int64, positions in the split, on the CPU.
+        images_nchw: (B, C, H, W) float32 in [0, 1].
+        labels_n: (B,) int64.
+    """
+
+    rows: Tensor
+    images_nchw: Tensor
+    labels_n: Tensor
+
+
+class Stream:
+    """Batches of one split on one device.
+
+    Args:
+        split: the images; they move to the device once.
+        seed: of order and augmentation.
+        augment: applied to ``epoch``; never to ``in_order``.
+        views: epoch e shows view ``e mod views``; None: a new view every epoch.
+        chunk: images that stay together when the order is shuffled (a shard of the cache);
+            None: all.
+        device: where the batches are made.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        augment: AugmentConfig,
+        views: int | None = None,
+        chunk: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seed = seed
+        self.augment = augment
+        self.views = views
+        self.chunk = chunk or len(split)
+        self.device = torch.device(device)
+        self._images = torch.from_numpy(np.array(split.images)).to(self.device)
+        self._labels = torch.from_numpy(split.labels).to(self.device)
+
+    def __len__(self) -> int:
+        """Images in the split."""
+        return len(self._labels)
+
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch shows."""
+        return epoch if self.views is None else epoch % self.views
+
+    def order(self, epoch: int) -> Tensor:
+        """(N,) int64: a permutation of the chunks, and one within each of them."""
+        generator = make_generator(self.seed, "order", epoch)
+        num_chunks = -(-len(self) // self.chunk)
+        parts = []
+        for index in torch.randperm(num_chunks, generator=generator).tolist():
+            start = index * self.chunk
+            size = min(self.chunk, len(self) - start)
+            parts.append(start + torch.randperm(size, generator=generator))
+        return torch.cat(parts)
+
+    def rows(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
+        """(B,) positions of each batch; a last, smaller batch is left out, unless it is alone."""
+        order = self.order(epoch)
+        batch_size = min(batch_size, len(order))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+    def epoch(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """Shuffled, augmented batches of one epoch."""
+        view = self.view_of(epoch)
+        shifts, flips = self._draw(view)
+        for rows in self.rows(epoch, batch_size):
+            yield self._batch(rows, shifts, flips)
+
+    def view(self, view: int, rows: Tensor) -> Tensor:
+        """(B, C, H, W) float32: the given rows in the given view."""
+        return self._batch(rows, *self._draw(view)).images_nchw
+
+    def plain(self, rows: Tensor) -> Tensor:
+        """(B, C, H, W) float32: the given rows without augmentation."""
+        return self._batch(rows, None, None).images_nchw
+
+    def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Batches in the order of the split, without augmentation; the last may be smaller."""
+        end = min(len(self), limit or len(self))
+        for start in range(0, end, batch_size):
+            yield self._batch(torch.arange(start, min(start + batch_size, end)), None, None)
+
+    def _draw(self, view: int) -> tuple[Tensor | None, Tensor | None]:
+        shifts = flips = None
+        if self.augment.pad:
+            generator = make_generator(self.seed, "shift", view)
+            shifts = torch.randint(2 * self.augment.pad + 1, (len(self), 2), generator=generator)
+        if self.augment.flip:
+            generator = make_generator(self.seed, "flip", view)
+            flips = torch.randint(2, (len(self),), generator=generator).bool()
+        return shifts, flips
+
+    def _batch(self, rows: Tensor, shifts: Tensor | None, flips: Tensor | None) -> Batch:
+        on_device = rows.to(self.device)
+        images = self._images[on_device]
+        if shifts is not None:
+            images = _crop(images, shifts[rows].to(self.device), self.augment.pad)
+        if flips is not None:
+            mirrored = flips[rows].to(self.device)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(-1), images)
+        return Batch(rows, images.float() / 255, self._labels[on_device])
+
+
+def _crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
+    """(B, C, H, W) cut out of images padded with zeros; ``shifts`` (B, 2) from 0 to 2 * pad."""
+    batch, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    rows = torch.arange(height, device=images.device) + shifts[:, :1]
+    columns = torch.arange(width, device=images.device) + shifts[:, 1:]
+    index = torch.arange(batch, device=images.device)[:, None, None]
+    # advanced indices around the channel slice put it last
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,204 @@
+"""What one worker does in one go: train some trainees on one source, then score them.
+
+A job gets paths and plain values and writes files; it knows no orchestrator. What the store holds
+already is not done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pbkd.activations import CacheSource, Capture, RelaySource, Source, cache_key
+from pbkd.activations.cache import cache_views
+from pbkd.artifacts import Store, load_tensors, write_json
+from pbkd.blocks import build_candidate, init_candidate
+from pbkd.config import ActivationsConfig, DistillConfig
+from pbkd.data import Split, Stream, load_prepared
+from pbkd.devices import best_device
+from pbkd.distill.score import SCORE, score
+from pbkd.distill.trainee import WEIGHTS, Trainee, TraineeSpec
+from pbkd.models import Predictions, load_teacher, predict
+
+_log = logging.getLogger(__name__)
+
+TRAINEES = "trainees"
+SCORES = "scores"
+_SCORE_BATCH = 256
+
+
+class JobSpec(BaseModel):
+    """A job as plain values; paths are absolute."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    trainees: tuple[TraineeSpec, ...]
+    source: Literal["cache", "relay"]
+    activations: ActivationsConfig
+    distill: DistillConfig
+    seed: int
+    teacher: Path
+    prepared: Path
+    store: Path
+    progress: Path
+
+    @property
+    def heartbeat(self) -> Path:
+        """A file that the job touches while it is alive."""
+        return self.progress / f"{self.job_id}.alive"
+
+
+class JobReport(BaseModel):
+    """What a finished job says of itself.
+
+    Attributes:
+        trained: names of the trainees that it trained; the others were in the store.
+        started_at: seconds since 1970.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    trained: tuple[str, ...]
+    started_at: float
+    duration_s: float
+
+
+def run_job(spec: JobSpec) -> JobReport:
+    """Train and score a job's trainees; weights, history, result and score go into the store.
+
+    Raises:
+        PbkdError: the teacher or the data cannot be read, or the store is damaged.
+    """
+    started_at = time.time()
+    store = Store(spec.store)
+    worker = _Worker(spec)
+    to_train = [t for t in spec.trainees if not store.has(TRAINEES, t.key)]
+    if to_train:
+        worker.train(to_train, store)
+    for trainee in spec.trainees:
+        if not store.has(SCORES, trainee.score_key):
+            worker.score(trainee, store)
+    duration_s = time.time() - started_at
+    trained = tuple(trainee.name for trainee in to_train)
+    return JobReport(
+        job_id=spec.job_id, trained=trained, started_at=started_at, duration_s=duration_s
+    )
+
+
+class _Worker:
+    """The teacher and the data of one job on the worker's device."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.device = best_device()
+        self.teacher, self.card = load_teacher(spec.teacher)
+        self.teacher.to(self.device)
+        prepared = load_prepared(spec.prepared)
+        self.train_stream = self._stream(prepared.split("train"))
+        self.val_stream = self._stream(prepared.split("val"))
+        self._predictions: Predictions | None = None
+
+    def train(self, specs: list[TraineeSpec], store: Store) -> None:
+        batch_size, epochs = self.spec.distill.batch_size, self.spec.distill.epochs
+        source = self._source(sorted({spec.block for spec in specs}), store)
+        steps = epochs * sum(1 for _ in self.train_stream.rows(0, batch_size))
+        first = next(iter(source.val({spec.block for spec in specs})))
+        trainees = [self._trainee(spec, first[spec.block].input, steps) for spec in specs]
+        self._validate(trainees, source)
+        active = _publish_finished(trainees, store)
+        for epoch in range(epochs):
+            if not active:
+                break
+            for activations in source.epoch(epoch, {t.spec.block for t in active}):
+                for trainee in active:
+                    trainee.step(activations[trainee.spec.block])
+                self._beat()
+            self._validate(active, source)
+            active = _publish_finished(active, store)
+
+    def score(self, spec: TraineeSpec, store: Store) -> None:
+        folder = store.path(TRAINEES, spec.key)
+        block = self.teacher.net.get_submodule(spec.block)
+        candidate = build_candidate(spec.config, block)
+        candidate.load_state_dict(load_tensors(folder / WEIGHTS))
+        if self._predictions is None:
+            limit = self.spec.distill.score_images
+            self._predictions = predict(
+                self.teacher, self.val_stream, batch_size=_SCORE_BATCH, limit=limit
+            )
+        damage = score(
+            self.teacher,
+            spec.block,
+            candidate.to(self.device).eval(),
+            self._predictions,
+            self.val_stream,
+            _SCORE_BATCH,
+        )
+        store.put(SCORES, spec.score_key, lambda folder: write_json(folder / SCORE, damage))
+        self._beat()
+
+    def _trainee(self, spec: TraineeSpec, x: Tensor, steps: int) -> Trainee:
+        block = self.teacher.net.get_submodule(spec.block)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            module = build_candidate(spec.config, block).to(self.device)
+        init_candidate(spec.config, module, block, x.float())
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        progress = self.spec.progress / f"{spec.key}.jsonl"
+        return Trainee(spec, module, self.spec.distill, steps, progress)
+
+    def _validate(self, trainees: list[Trainee], source: Source) -> None:
+        sums: list[list[Tensor]] = [[] for _ in trainees]
+        for activations in source.val({trainee.spec.block for trainee in trainees}):
+            for trainee, losses in zip(trainees, sums, strict=True):
+                losses.append(trainee.batch_loss(activations[trainee.spec.block]))
+        for trainee, losses in zip(trainees, sums, strict=True):
+            trainee.end_epoch(float(torch.stack(losses).sum()) / len(self.val_stream))
+        self._beat()
+
+    def _source(self, paths: list[str], store: Store) -> Source:
+        spec, batch_size = self.spec, self.spec.distill.batch_size
+        if spec.source == "cache":
+            keys = {
+                (path, view): cache_key(self.card, spec.activations, spec.seed, path, view)
+                for path in paths
+                for view in cache_views(spec.activations)
+            }
+            return CacheSource(
+                store, keys, self.train_stream, len(self.val_stream), batch_size, self.device
+            )
+        images = self.val_stream.plain(torch.arange(min(batch_size, len(self.val_stream))))
+        dtype = getattr(torch, spec.activations.dtype)
+        capture = Capture(self.teacher, paths, images, dtype)
+        return RelaySource(capture, self.train_stream, self.val_stream, batch_size)
+
+    def _stream(self, split: Split) -> Stream:
+        return Stream(
+            split,
+            seed=self.spec.seed,
+            augment=self.card.augment,
+            views=self.spec.activations.views,
+            chunk=self.spec.activations.chunk,
+            device=self.device,
+        )
+
+    def _beat(self) -> None:
+        self.spec.heartbeat.touch()
+
+
+def _publish_finished(trainees: list[Trainee], store: Store) -> list[Trainee]:
+    """Put those that stopped into the store; returns the others."""
+    for trainee in trainees:
+        if not trainee.active:
+            store.put(TRAINEES, trainee.spec.key, trainee.write)
+            _log.info("trained %s: %s", trainee.spec.name, trainee.stopped)
+    return [trainee for trainee in trainees if trainee.active]

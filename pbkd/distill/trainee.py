@@ -1,0 +1,280 @@
+"""One candidate of one block while it trains: its optimizer, schedule, history and best weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pbkd.activations import Activation
+from pbkd.artifacts import digest_of, save_tensors, write_json
+from pbkd.blocks import candidate_name
+from pbkd.config import CandidateConfig, DistillConfig
+from pbkd.distill.loss import LOSSES
+from pbkd.models import ModelCard
+
+ALGORITHM = 1
+"""Raised whenever the same settings would give other weights."""
+
+WEIGHTS = "weights.safetensors"
+HISTORY = "history.jsonl"
+RESULT = "result.json"
+
+
+class TraineeSpec(BaseModel):
+    """What to train, and the keys under which the store keeps weights and score."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block: str
+    config: CandidateConfig
+    seed: int
+    key: str
+    score_key: str
+
+    @property
+    def name(self) -> str:
+        """``block/candidate``, unique in a run."""
+        return f"{self.block}/{candidate_name(self.config)}"
+
+    @classmethod
+    def make(
+        cls,
+        block: str,
+        config: CandidateConfig,
+        seed: int,
+        card: ModelCard,
+        distill: DistillConfig,
+        activations: dict[str, object],
+    ) -> TraineeSpec:
+        """Derive the keys.
+
+        Args:
+            seed: of this trainee's initialisation.
+            activations: the settings of the stream and of rounding (views, dtype, chunk, its seed);
+                neither the source nor the plan.
+        """
+        training = distill.model_dump(exclude={"score_images"})
+        key = digest_of(
+            {
+                "algorithm": ALGORITHM,
+                "teacher": card.digest,
+                "data": card.data_digest,
+                "augment": card.augment,
+                "block": block,
+                "candidate": config,
+                "training": training,
+                "activations": activations,
+                "seed": seed,
+            }
+        )
+        score_key = digest_of({"trainee": key, "images": distill.score_images})
+        return cls(block=block, config=config, seed=seed, key=key, score_key=score_key)
+
+
+class TraineeResult(BaseModel):
+    """What ``result.json`` says of a finished trainee.
+
+    Attributes:
+        started_at, finished_at: seconds since 1970.
+        stopped: why training ended: all epochs, no better validation loss, or a loss not finite.
+        best_epoch: epoch of the kept weights; -1: the inherited ones, before any step.
+        initial_val_loss, best_val_loss: null where they were not finite.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    block: str
+    candidate: str
+    config: CandidateConfig
+    started_at: float
+    finished_at: float
+    stopped: str
+    message: str
+    num_epochs: int
+    best_epoch: int
+    initial_val_loss: float | None
+    best_val_loss: float | None
+
+
+class HistoryLine(BaseModel):
+    """One line of ``history.jsonl``; epoch -1 is before the first step, ``time`` since 1970.
+
+    A loss that was not finite is null.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float | None
+    lr: float
+    time: float
+
+
+def read_history(path: Path) -> list[HistoryLine]:
+    """The whole lines of a history, also of one that is still growing."""
+    text = path.read_text() if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [HistoryLine.model_validate_json(line) for line in whole.splitlines()]
+
+
+@dataclass
+class _Best:
+    epoch: int
+    loss: float
+    state: dict[str, Tensor]
+
+
+class Trainee:
+    """Trains ``module`` to give the block's outputs for the block's inputs.
+
+    Args:
+        module: the candidate, initialised, on its device.
+        num_steps: steps of the whole training, for the cosine schedule.
+        progress: JSON lines appear here epoch by epoch.
+    """
+
+    def __init__(
+        self,
+        spec: TraineeSpec,
+        module: nn.Module,
+        config: DistillConfig,
+        num_steps: int,
+        progress: Path,
+    ) -> None:
+        self.spec = spec
+        self.module = module
+        self.config = config
+        self.loss = LOSSES[config.loss]
+        self.optimizer = _optimizer(config, module)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
+        self.progress = progress
+        self.started_at = time.time()
+        self.stopped = ""
+        self.message = ""
+        self._epoch = -1
+        self._losses: list[Tensor] = []
+        self._best = _Best(-1, math.inf, self._state())
+        self._plateau_since = -1
+        self._initial_val_loss: float | None = None
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        progress.write_text("")
+
+    @property
+    def active(self) -> bool:
+        """Whether it still learns."""
+        return not self.stopped
+
+    def step(self, activation: Activation) -> None:
+        """One optimizer step; the loss stays on the device."""
+        self.module.train()
+        output = self.module(activation.input.float())
+        loss = self.loss(output, activation.output.float())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.schedule.step()
+        self._losses.append(loss.detach())
+
+    @torch.no_grad()
+    def batch_loss(self, activation: Activation) -> Tensor:
+        """Validation loss of one batch times its number of images."""
+        self.module.eval()
+        output = self.module(activation.input.float())
+        return self.loss(output, activation.output.float()) * len(output)
+
+    def end_epoch(self, val_loss: float) -> None:
+        """Record an epoch, keep the weights if they are the best, decide whether to go on.
+
+        Called once before the first step, too: epoch -1 stands for the initial weights.
+        """
+        train_loss = float(torch.stack(self._losses).mean()) if self._losses else None
+        self._losses.clear()
+        self._record(train_loss, val_loss)
+        if self._epoch == -1:
+            self._initial_val_loss = val_loss
+        if not math.isfinite(val_loss) or (
+            train_loss is not None and not math.isfinite(train_loss)
+        ):
+            self._diverged(train_loss, val_loss)
+        elif val_loss < self._best.loss:
+            self._better(val_loss)
+        patience = self.config.patience
+        if self.active and self._epoch >= self._plateau_since + patience:
+            self.stopped, self.message = "plateau", f"no better loss for {patience} epochs"
+        if self.active and self._epoch == self.config.epochs - 1:
+            self.stopped = "epochs"
+        self._epoch += 1
+
+    def write(self, folder: Path) -> None:
+        """Fill an item of the store: best weights, history, result."""
+        save_tensors(folder / WEIGHTS, self._best.state)
+        (folder / HISTORY).write_bytes(self.progress.read_bytes())
+        write_json(folder / RESULT, self._result())
+
+    def restore_best(self) -> nn.Module:
+        """The module with its best weights, in evaluation mode."""
+        self.module.load_state_dict(self._best.state)
+        return self.module.eval()
+
+    def _better(self, val_loss: float) -> None:
+        if val_loss < self._best.loss * (1 - self.config.min_improvement):
+            self._plateau_since = self._epoch
+        self._best = _Best(self._epoch, val_loss, self._state())
+
+    def _diverged(self, train_loss: float | None, val_loss: float) -> None:
+        self.stopped = "diverged"
+        self.message = (
+            f"epoch {self._epoch}: training loss {train_loss}, validation loss {val_loss}; kept "
+            f"the weights of epoch {self._best.epoch}; lower distill.lr (now {self.config.lr:g})"
+        )
+
+    def _record(self, train_loss: float | None, val_loss: float) -> None:
+        line = HistoryLine(
+            epoch=self._epoch,
+            train_loss=_finite(train_loss),
+            val_loss=_finite(val_loss),
+            lr=self.schedule.get_last_lr()[0],
+            time=time.time(),
+        )
+        with self.progress.open("a") as file:
+            file.write(line.model_dump_json() + "\n")
+
+    def _result(self) -> TraineeResult:
+        return TraineeResult(
+            key=self.spec.key,
+            block=self.spec.block,
+            candidate=candidate_name(self.spec.config),
+            config=self.spec.config,
+            started_at=self.started_at,
+            finished_at=time.time(),
+            stopped=self.stopped,
+            message=self.message,
+            num_epochs=self._epoch,
+            best_epoch=self._best.epoch,
+            initial_val_loss=_finite(self._initial_val_loss),
+            best_val_loss=_finite(self._best.loss),
+        )
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _optimizer(config: DistillConfig, module: nn.Module) -> torch.optim.Optimizer:
+    kinds: dict[str, type[torch.optim.AdamW | torch.optim.RMSprop]] = {
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+    }
+    kind = kinds[config.optimizer]
+    return kind(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)

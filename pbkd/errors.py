@@ -1,0 +1,70 @@
+"""The one error tree. A message says what, got, expected, and the next step.
+
+PbkdError
+├── ConfigError        params.yaml or the environment is wrong
+├── DataError          images, labels or splits are wrong
+├── TeacherError       the teacher cannot be built, loaded or is too weak
+├── BlockError         a selector or a block cannot be used
+├── CandidateError     a candidate does not fit its block
+├── ArtifactError      a file is missing, truncated or of another run
+├── TrainingError      training went wrong (NaN, out of memory)
+├── JobError           a worker's job crashed, hung or failed
+├── WorkspaceBusyError another process holds the workspace or a device
+├── TrackingError      MLflow refused
+└── MissingExtraError  an optional library is not installed
+"""
+
+from __future__ import annotations
+
+
+class PbkdError(Exception):
+    """Base of every error that pbkd raises for a user's mistake or a failed run."""
+
+
+class ConfigError(PbkdError):
+    """params.yaml, a setting or an argument is wrong."""
+
+
+class DataError(PbkdError):
+    """Images, labels or splits are missing or wrong."""
+
+
+class TeacherError(PbkdError):
+    """The teacher cannot be built or loaded, or is below its accuracy floor."""
+
+
+class BlockError(PbkdError):
+    """A selector matches nothing, or a block cannot be replaced."""
+
+
+class CandidateError(PbkdError):
+    """A candidate does not fit its block."""
+
+
+class ArtifactError(PbkdError):
+    """A file is missing, truncated, or belongs to another run."""
+
+
+class TrainingError(PbkdError):
+    """Training diverged or could not go on."""
+
+
+class JobError(PbkdError):
+    """A worker's job crashed, hung or failed."""
+
+
+class WorkspaceBusyError(PbkdError):
+    """Another process holds the workspace."""
+
+
+class TrackingError(PbkdError):
+    """The tracking server or the registry refused."""
+
+
+class MissingExtraError(PbkdError):
+    """An optional library is not installed."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs {library}, which is not installed; run: pip install 'pbkd[{extra}]'"
+        )

@@ -1,0 +1,69 @@
+"""Locks between processes, held by the kernel, so that a killed holder never blocks anybody."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from pbkd.errors import WorkspaceBusyError
+
+
+def device_lock_dir() -> Path:
+    """Default folder of the machine-wide device locks, one per user."""
+    return Path(tempfile.gettempdir()) / f"pbkd-locks-{os.getuid()}"
+
+
+@contextmanager
+def file_lock(path: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on ``path``; the file names the holder.
+
+    Args:
+        path: lock file; made where missing, never deleted (deleting would let two in).
+        what: the thing that is locked, for the message ("workspace /x", "device cpu-0").
+        timeout_s: how long to wait for another holder, in seconds; ``inf`` waits for ever.
+
+    Raises:
+        WorkspaceBusyError: somebody else holds it; the message has pid and command.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise WorkspaceBusyError(
+                        f"{what} is in use by {_holder(path)}; wait for it to end, or stop it"
+                    ) from None
+                time.sleep(0.05)
+        holder = {"pid": os.getpid(), "command": " ".join(sys.argv)}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def workspace_lock(root: Path, state: Path) -> AbstractContextManager[None]:
+    """Hold a workspace for a run; WorkspaceBusyError with pid and command where another has it."""
+    name = hashlib.blake2b(str(root).encode(), digest_size=6).hexdigest()
+    return file_lock(state / f"run-{name}.lock", f"workspace {root}")
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} ({holder['command']})"
+    except (OSError, ValueError, KeyError):
+        return "another process"

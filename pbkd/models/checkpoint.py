@@ -1,0 +1,97 @@
+"""A model as two files: ``model.json`` says how to build it, ``model.safetensors`` holds weights.
+
+Nothing is unpickled. The card lists the candidates that stand in for the teacher's blocks; putting
+them in is the matter of ``pbkd.students.assemble``, one layer up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from pbkd.artifacts import load_tensors, read_json, save_tensors, tensors_digest, write_json
+from pbkd.config import AugmentConfig, CandidateConfig
+from pbkd.errors import ArtifactError
+from pbkd.models.zoo import Classifier, NetworkSpec, build_network
+
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+
+
+class ModelCard(BaseModel):
+    """What ``model.json`` says.
+
+    Attributes:
+        network: the teacher's architecture.
+        mean, std: normalisation per channel, of pixels in [0, 1].
+        image_size: height and width for which the model was made, pixels.
+        augment: the changes under which it was trained; later stages train under the same.
+        replacements: block path to the candidate that stands there; empty for a teacher.
+        data_digest: of the prepared data.
+        digest: of the weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: NetworkSpec
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    augment: AugmentConfig
+    replacements: dict[str, CandidateConfig] = {}
+    data_digest: str
+    digest: str = ""
+
+
+def build_classifier(card: ModelCard) -> Classifier:
+    """The teacher's architecture with fresh weights; replacements are not put in."""
+    return Classifier(build_network(card.network), card.mean, card.std)
+
+
+def save_model(folder: Path, model: nn.Module, card: ModelCard) -> ModelCard:
+    """Write weights, then the card with their digest; returns that card."""
+    state = model.state_dict()
+    card = card.model_copy(update={"digest": tensors_digest(state)})
+    save_tensors(folder / WEIGHTS, state)
+    write_json(folder / CARD, card)
+    return card
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Read ``model.json``; ArtifactError where it is missing or of another version."""
+    try:
+        return ModelCard.model_validate(read_json(folder / CARD))
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{folder / CARD} is not a model card of this version: {error}"
+        ) from None
+
+
+def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
+    """Fill a built model with the folder's weights.
+
+    Raises:
+        ArtifactError: truncated, changed, or of another architecture.
+    """
+    state = load_tensors(folder / WEIGHTS)
+    if tensors_digest(state) != card.digest:
+        raise ArtifactError(
+            f"{folder / WEIGHTS} is not the file that {CARD} describes; run its stage again"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{folder / WEIGHTS} does not fit network `{card.network.name}`: {error}"
+        ) from None
+
+
+def load_teacher(folder: Path) -> tuple[Classifier, ModelCard]:
+    """A teacher in evaluation mode, its parameters frozen, and its card."""
+    card = read_card(folder)
+    teacher = build_classifier(card)
+    load_weights(folder, teacher, card)
+    return teacher.eval().requires_grad_(False), card

@@ -1,0 +1,49 @@
+"""Figures as records, tables, pictures and a page."""
+
+from pbkd.report.page import render
+from pbkd.report.results import (
+    MEASURED,
+    METRICS,
+    REGISTERED,
+    REPORT,
+    BlockPhase,
+    LatencyFigures,
+    MachineFigures,
+    Measured,
+    Metrics,
+    ModelFigures,
+    StageFigures,
+    StudentFigures,
+    read_measured,
+    read_metrics,
+)
+from pbkd.report.tables import (
+    Table,
+    block_phase_sentence,
+    final_table,
+    stage_table,
+    summary_sentence,
+)
+
+__all__ = [
+    "MEASURED",
+    "METRICS",
+    "REGISTERED",
+    "REPORT",
+    "BlockPhase",
+    "LatencyFigures",
+    "MachineFigures",
+    "Measured",
+    "Metrics",
+    "ModelFigures",
+    "StageFigures",
+    "StudentFigures",
+    "Table",
+    "block_phase_sentence",
+    "final_table",
+    "read_measured",
+    "read_metrics",
+    "render",
+    "stage_table",
+    "summary_sentence",
+]

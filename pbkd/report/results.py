@@ -1,0 +1,133 @@
+"""The figures of a run as records: ``results/metrics.json`` and ``results/measured.json``.
+
+``metrics.json`` is repeatable: equal inputs give equal numbers. ``measured.json`` holds what clocks
+and counters say; what could not be measured is null.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from pbkd.artifacts import read_json
+
+METRICS = "metrics.json"
+MEASURED = "measured.json"
+REPORT = "report.html"
+REGISTERED = "registered.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ModelFigures(_Record):
+    """Figures of a teacher.
+
+    Attributes:
+        val_accuracy, test_accuracy: 0 to 1.
+        macs: multiply-accumulates of one image (1 MAC = 2 FLOPs).
+        file_bytes: of the weights' safetensors file.
+    """
+
+    val_accuracy: float
+    test_accuracy: float
+    num_parameters: int
+    macs: int
+    file_bytes: int
+
+
+class StudentFigures(ModelFigures):
+    """Figures of a student; accuracies after each step are on the validation split.
+
+    Attributes:
+        bytes_ratio: the teacher's file bytes over the student's.
+        blocks_replaced, blocks_total: candidates in place, of the blocks that had one.
+    """
+
+    stitched_val_accuracy: float
+    recalibrated_val_accuracy: float
+    finetuned_val_accuracy: float
+    bytes_ratio: float
+    blocks_replaced: int
+    blocks_total: int
+
+
+class Metrics(_Record):
+    """``metrics.json``."""
+
+    teacher: ModelFigures
+    students: dict[str, StudentFigures]
+
+
+class LatencyFigures(_Record):
+    """Milliseconds per batch: quartiles over ``repeats`` passes, models measured in turns."""
+
+    median_ms: float
+    p25_ms: float
+    p75_ms: float
+    repeats: int
+    batch_size: int
+    threads: int
+    device: str
+
+
+class MachineFigures(_Record):
+    """The machine on which the figures were taken."""
+
+    machine_id: str
+    processor: str
+    cores: int
+    gpus: tuple[str, ...]
+    python: str
+    torch: str
+
+
+class StageFigures(_Record):
+    """A stage's last run here: seconds, and joules per counted device, idle included."""
+
+    duration_s: float
+    energy_j: dict[str, float | None]
+
+
+class BlockPhase(_Record):
+    """The last run in which blocks were trained.
+
+    Attributes:
+        wall_s: from the first job's start to the last one's end, seconds.
+        jobs_s: all jobs' seconds on their workers, added up.
+        speedup: ``jobs_s / wall_s``.
+        energy_j: of all counted devices over ``wall_s``; null where nothing could be read.
+    """
+
+    num_workers: int
+    num_jobs: int
+    wall_s: float
+    jobs_s: float
+    speedup: float
+    energy_j: float | None
+
+
+class Measured(_Record):
+    """``measured.json``: ``latency`` maps a model (teacher or student) to figures by batch size.
+
+    ``stages`` lacks those of which this machine has no record; ``block_phase`` is null where no
+    block was ever trained here.
+    """
+
+    machine: MachineFigures
+    date: str
+    latency: dict[str, tuple[LatencyFigures, ...]]
+    stages: dict[str, StageFigures]
+    block_phase: BlockPhase | None
+
+
+def read_metrics(results: Path) -> Metrics:
+    """Read ``metrics.json``; ArtifactError where it is missing."""
+    return Metrics.model_validate(read_json(results / METRICS))
+
+
+def read_measured(results: Path) -> Measured:
+    """Read ``measured.json``; ArtifactError where it is missing."""
+    return Measured.model_validate(read_json(results / MEASURED))

@@ -1,0 +1,203 @@
+"""Stage `evaluate`: measure teacher and students; the only reader of the test split."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pbkd.artifacts import Workspace, digest_of, read_json, write_json
+from pbkd.config import AugmentConfig, EvaluateConfig
+from pbkd.data import Stream, load_prepared
+from pbkd.devices import best_device
+from pbkd.distill import TRAINEES
+from pbkd.distill.trainee import HISTORY, read_history
+from pbkd.measure import count_macs, measure_interleaved, num_parameters, this_machine, usable_cores
+from pbkd.models import Classifier, ModelCard, predict, read_card
+from pbkd.models.checkpoint import WEIGHTS
+from pbkd.report import (
+    MEASURED,
+    METRICS,
+    REPORT,
+    BlockPhase,
+    LatencyFigures,
+    MachineFigures,
+    Measured,
+    Metrics,
+    ModelFigures,
+    StageFigures,
+    StudentFigures,
+    render,
+)
+from pbkd.stages.context import StageContext, stage_records
+from pbkd.stages.distill import Distilled, read_distilled
+from pbkd.stages.stitch import read_stitched
+from pbkd.students import load_model
+
+_log = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> None:
+    """Write ``results/``: ``metrics.json``, ``measured.json`` and ``report.html``."""
+    workspace = context.workspace
+    folders = model_folders(workspace)
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    metrics = _metrics(context, folders, models)
+    measured = _measured(context, models)
+    results = workspace.results
+    write_json(results / METRICS, metrics)
+    write_json(results / MEASURED, measured)
+    (results / REPORT).write_text(_report(context, metrics, measured))
+
+
+def model_folders(workspace: Workspace) -> dict[str, Path]:
+    """The final models: ``teacher``, then the students by name."""
+    shrunk = sorted(path for path in workspace.artifacts("shrink").iterdir() if path.is_dir())
+    return {"teacher": workspace.artifacts("teacher")} | {path.name: path for path in shrunk}
+
+
+def forget_measurements(workspace: Workspace) -> None:
+    """Let the next evaluation measure anew."""
+    shutil.rmtree(_kept(workspace), ignore_errors=True)
+
+
+def _kept(workspace: Workspace) -> Path:
+    return workspace.state / "measured"
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def _metrics(
+    context: StageContext,
+    folders: dict[str, Path],
+    models: dict[str, tuple[Classifier, ModelCard]],
+) -> Metrics:
+    figures = {name: _figures(context, model, folders[name]) for name, (model, _) in models.items()}
+    teacher = figures.pop("teacher")
+    students = {
+        name: _student_figures(context.workspace, name, own, teacher)
+        for name, own in figures.items()
+    }
+    return Metrics(teacher=teacher, students=students)
+
+
+def _figures(context: StageContext, model: Classifier, folder: Path) -> ModelFigures:
+    prepared = load_prepared(context.workspace.prepared)
+    device = best_device()
+    model.to(device)
+    accuracy = {}
+    for name in ("val", "test"):
+        stream = Stream(prepared.split(name), seed=0, augment=AugmentConfig(), device=device)
+        batch_size = context.params.evaluate.batch_size
+        accuracy[name] = predict(model, stream, batch_size=batch_size).accuracy
+    model.cpu()
+    return ModelFigures(
+        val_accuracy=accuracy["val"],
+        test_accuracy=accuracy["test"],
+        num_parameters=num_parameters(model),
+        macs=count_macs(model, torch.zeros(1, *prepared.image_shape)),
+        file_bytes=(folder / WEIGHTS).stat().st_size,
+    )
+
+
+def _student_figures(
+    workspace: Workspace, name: str, own: ModelFigures, teacher: ModelFigures
+) -> StudentFigures:
+    stitched = read_stitched(workspace, name)
+    finetuned = read_json(workspace.artifacts("finetune") / name / "finetune.json")
+    return StudentFigures(
+        **own.model_dump(),
+        stitched_val_accuracy=stitched.stitched_val_accuracy,
+        recalibrated_val_accuracy=stitched.recalibrated_val_accuracy,
+        finetuned_val_accuracy=finetuned["val_accuracy"],
+        bytes_ratio=teacher.file_bytes / own.file_bytes,
+        blocks_replaced=sum(choice.candidate is not None for choice in stitched.choices),
+        blocks_total=len(stitched.choices),
+    )
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def _measured(context: StageContext, models: dict[str, tuple[Classifier, ModelCard]]) -> Measured:
+    """Latency is kept by machine and models; the rest comes from this machine's records."""
+    config, workspace = context.params.evaluate, context.workspace
+    machine = this_machine()
+    digests = {name: card.digest for name, (_, card) in models.items()}
+    key = digest_of({"models": digests, "config": config})
+    kept = _kept(workspace) / machine.machine_id / f"{key}.json"
+    if not kept.is_file():
+        write_json(kept, {"date": _today(), "latency": _latencies(config, models)})
+    entry = read_json(kept)
+    records = stage_records(workspace)
+    phase = workspace.state / "block_phase.json"
+    return Measured(
+        machine=MachineFigures(machine_id=machine.machine_id, **asdict(machine)),
+        date=entry["date"],
+        latency=entry["latency"],
+        stages={
+            name: StageFigures(duration_s=record.duration_s, energy_j=record.energy_j)
+            for name, record in records.items()
+        },
+        block_phase=BlockPhase.model_validate(read_json(phase)) if phase.is_file() else None,
+    )
+
+
+def _latencies(
+    config: EvaluateConfig, models: dict[str, tuple[Classifier, ModelCard]]
+) -> dict[str, list[LatencyFigures]]:
+    device = best_device()
+    card = models["teacher"][1]
+    example = torch.rand(1, card.network.in_channels, *card.image_size, device=device)
+    nets = {name: model.to(device) for name, (model, _) in models.items()}
+    figures: dict[str, list[LatencyFigures]] = {name: [] for name in nets}
+    for batch_size in config.latency_batch_sizes:
+        latencies = measure_interleaved(
+            nets,
+            example,
+            batch_size=batch_size,
+            threads=usable_cores(),
+            min_duration_s=config.latency_seconds,
+        )
+        for name, latency in latencies.items():
+            values = asdict(latency)
+            values.pop("dtype")
+            figures[name].append(LatencyFigures(**values))
+    return figures
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+# ---------------------------------------------------------------- report
+
+
+def _report(context: StageContext, metrics: Metrics, measured: Measured) -> str:
+    workspace = context.workspace
+    distilled = read_distilled(workspace)
+    network = read_card(workspace.artifacts("teacher")).network.name
+    stitched = {name: read_stitched(workspace, name) for name in metrics.students}
+    return render(
+        title=f"{network}, compressed",
+        metrics=metrics,
+        measured=measured,
+        choices={name: record.choices for name, record in stitched.items()},
+        candidate_damages={_name(item): item.damage for item in distilled},
+        curves={_name(item): _curve(workspace, item) for item in distilled},
+        max_damage=max(record.max_damage for record in stitched.values()),
+    )
+
+
+def _name(item: Distilled) -> str:
+    return f"{item.result.block}/{item.result.candidate}"
+
+
+def _curve(workspace: Workspace, item: Distilled) -> list[tuple[int, float]]:
+    history = read_history(workspace.artifacts("distill") / TRAINEES / item.key / HISTORY)
+    return [(line.epoch, line.val_loss) for line in history if line.val_loss is not None]

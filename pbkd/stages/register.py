@@ -1,0 +1,94 @@
+"""Stage `register`: teacher and students into the MLflow registry; the receipt into results/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pbkd.artifacts import Workspace, read_json, write_json
+from pbkd.report import (
+    MEASURED,
+    METRICS,
+    REGISTERED,
+    REPORT,
+    Measured,
+    Metrics,
+    read_measured,
+    read_metrics,
+)
+from pbkd.stages.context import StageContext
+from pbkd.stages.evaluate import model_folders
+from pbkd.students import load_model
+from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
+from pbkd.tracking.registry import Candidate
+
+
+def run(context: StageContext) -> None:
+    """Log what the run produced, register its models, write ``results/registered.json``."""
+    workspace, config = context.workspace, context.params.register_
+    metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
+    pipeline_run = PipelineRun.current(workspace, context.params)
+    log_histories(pipeline_run, workspace)
+    pipeline_run.log_metrics(_figures(metrics, measured))
+    for name in (METRICS, MEASURED, REPORT):
+        pipeline_run.log_file(workspace.results / name)
+    receipt = register_models(
+        workspace,
+        pipeline_run,
+        config.name,
+        _candidates(workspace, metrics),
+        config.max_accuracy_drop,
+    )
+    write_json(workspace.results / REGISTERED, receipt)
+    pipeline_run.end()
+
+
+def is_registered(workspace: Workspace) -> bool:
+    """Whether the receipt is there and the registry agrees with it."""
+    path = workspace.results / REGISTERED
+    return path.is_file() and still_registered(
+        workspace, Registered.model_validate(read_json(path))
+    )
+
+
+def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
+    """The series of teacher and fine-tuning that are on disk."""
+    pipeline_run.log_history("teacher", _lines(workspace.artifacts("teacher") / "history.jsonl"))
+    for path in sorted(workspace.artifacts("finetune").glob("*/history.jsonl")):
+        pipeline_run.log_history(f"finetune/{path.parent.name}", _lines(path))
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _candidates(workspace: Workspace, metrics: Metrics) -> list[Candidate]:
+    entries = {"teacher": metrics.teacher, **metrics.students}
+    candidates = []
+    for name, folder in model_folders(workspace).items():
+        model, card = load_model(folder)
+        figures = {key: float(value) for key, value in entries[name].model_dump().items()}
+        figures["teacher_val_accuracy"] = metrics.teacher.val_accuracy
+        candidates.append(
+            Candidate(budget=name, folder=folder, model=model, card=card, figures=figures)
+        )
+    return candidates
+
+
+def _figures(metrics: Metrics, measured: Measured) -> dict[str, float | None]:
+    """The run's figures under MLflow's names, ``model/figure`` and ``phase/figure``."""
+    figures: dict[str, float | None] = {}
+    for name, entries in measured.latency.items():
+        for entry in entries:
+            figures[f"{name}/latency_batch_{entry.batch_size}_ms"] = entry.median_ms
+    for stage, record in measured.stages.items():
+        figures[f"stage/{stage}_s"] = record.duration_s
+        joules = [value for value in record.energy_j.values() if value is not None]
+        figures[f"stage/{stage}_energy_j"] = sum(joules) if joules else None
+    if measured.block_phase is not None:
+        figures["block_phase/speedup"] = measured.block_phase.speedup
+        figures["block_phase/wall_s"] = measured.block_phase.wall_s
+        figures["block_phase/energy_j"] = measured.block_phase.energy_j
+    for name, student in metrics.students.items():
+        figures[f"{name}/bytes_ratio"] = student.bytes_ratio
+    return figures

@@ -1,0 +1,54 @@
+"""Stitch candidates into a network, and load stitched models from their files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pbkd.blocks import build_candidate, swap
+from pbkd.config import CandidateConfig
+from pbkd.models import Classifier, ModelCard, build_classifier, load_weights, read_card
+
+
+def stitch(
+    teacher: Classifier,
+    replacements: Mapping[str, CandidateConfig],
+    weights: Mapping[str, dict[str, Tensor]],
+) -> Classifier:
+    """A copy of the teacher with trained candidates in place of some blocks.
+
+    Args:
+        replacements: block path to candidate.
+        weights: block path to the candidate's state dict.
+    """
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    modules = _build(student.net, replacements)
+    for path, module in modules.items():
+        module.load_state_dict(weights[path])
+    swap(student.net, modules)
+    return student
+
+
+def load_model(folder: Path) -> tuple[Classifier, ModelCard]:
+    """A teacher or student from ``model.json`` and ``model.safetensors``, in evaluation mode.
+
+    Takes (N, C, H, W) float32 in [0, 1]; no code is executed that the files bring.
+
+    Raises:
+        ArtifactError: a file is missing, truncated or of another architecture.
+    """
+    card = read_card(folder)
+    model = build_classifier(card)
+    swap(model.net, _build(model.net, card.replacements))
+    load_weights(folder, model, card)
+    return model.eval(), card
+
+
+def _build(net: nn.Module, replacements: Mapping[str, CandidateConfig]) -> dict[str, nn.Module]:
+    return {
+        path: build_candidate(config, net.get_submodule(path)).requires_grad_(True)
+        for path, config in replacements.items()
+    }

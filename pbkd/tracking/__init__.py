@@ -1,0 +1,6 @@
+"""MLflow: one run per pipeline run, and the registry."""
+
+from pbkd.tracking.mlflow_run import PipelineRun, tracking_uri
+from pbkd.tracking.registry import Registered, register_models, still_registered
+
+__all__ = ["PipelineRun", "Registered", "register_models", "still_registered", "tracking_uri"]

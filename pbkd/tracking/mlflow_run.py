@@ -1,0 +1,207 @@
+"""The MLflow record of a pipeline run: parameters, a child run per block, series, figures.
+
+The stages of one pipeline run may be processes of their own (``dvc repro``); they find the same run
+through a file in the state folder that names the run and the process that drives it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pbkd.artifacts import Workspace, digest_of, read_json, write_json
+from pbkd.config import Params
+from pbkd.errors import MissingExtraError, TrackingError
+
+_log = logging.getLogger(__name__)
+
+EXPERIMENT = "pbkd"
+
+
+def tracking_uri(workspace: Workspace) -> str:
+    """MLFLOW_TRACKING_URI, else a sqlite file in the state folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.state / 'mlflow.db'}"
+
+
+def mlflow_client(workspace: Workspace) -> Any:
+    """A client of the tracking store; sets the store for MLflow's own functions, too.
+
+    Raises:
+        MissingExtraError: MLflow is not installed.
+        TrackingError: the store cannot be reached.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    workspace.state.mkdir(parents=True, exist_ok=True)
+    try:
+        import mlflow
+    except ImportError:
+        raise MissingExtraError("mlflow", "pipeline", "tracking") from None
+    uri = tracking_uri(workspace)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    try:
+        client.search_experiments(max_results=1)
+    except mlflow.exceptions.MlflowException as error:
+        raise TrackingError(f"MLflow at {uri} does not answer: {error}") from error
+    return client
+
+
+class PipelineRun:
+    """One pipeline run in MLflow; every process that the same driver started gets the same one."""
+
+    def __init__(self, client: Any, run_id: str, experiment_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+
+    @classmethod
+    def current(cls, workspace: Workspace, params: Params) -> PipelineRun:
+        """The run of this process's driver: found, or begun.
+
+        A run that an earlier driver left open is ended as killed.
+        """
+        client = mlflow_client(workspace)
+        path = workspace.state / "pipeline_run.json"
+        driver, uri = _driver(), tracking_uri(workspace)
+        known = read_json(path) if path.is_file() else None
+        if known and known["uri"] == uri:
+            if known["driver"] == driver:
+                return cls(client, known["run_id"], known["experiment_id"])
+            _end_abandoned(client, known["run_id"])
+        experiment_id = _experiment(client, workspace)
+        name = time.strftime("%Y-%m-%d %H:%M:%S")
+        run = client.create_run(experiment_id, run_name=name, tags=_source_tags(workspace))
+        self = cls(client, run.info.run_id, experiment_id)
+        self._log_params(self.run_id, _flat(params.model_dump(mode="json", by_alias=True)))
+        known = {"uri": uri, "driver": driver, "run_id": self.run_id}
+        write_json(path, known | {"experiment_id": experiment_id})
+        return self
+
+    def log_history(self, stage: str, history: Iterable[Mapping[str, float]]) -> None:
+        """A stage's training as series ``stage/figure``; once per run, however often called."""
+        tag = f"pbkd.logged.{stage}"
+        if tag in self.client.get_run(self.run_id).data.tags:
+            return
+        points = [
+            (f"{stage}/{name}", value, int(line["epoch"]))
+            for line in history
+            for name, value in line.items()
+            if name != "epoch"
+        ]
+        self._log_points(self.run_id, points)
+        self.client.set_tag(self.run_id, tag, "true")
+
+    def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
+        """Figures of the whole run; those that could not be measured are left out."""
+        self._log_points(self.run_id, [(k, v, 0) for k, v in metrics.items() if v is not None])
+
+    def log_file(self, path: Path) -> None:
+        """Keep a file with the run."""
+        self.client.log_artifact(self.run_id, str(path))
+
+    def block_run(self, block: str) -> BlockRun:
+        """The child run of a block."""
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "pbkd.block": block,
+            "mlflow.runName": block,
+        }
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`pbkd.block` = '{block}'",
+            max_results=1,
+        )
+        run = found[0] if found else self.client.create_run(self.experiment_id, tags=tags)
+        return BlockRun(self, run.info.run_id)
+
+    def end(self, *, failed: bool = False) -> None:
+        """Close the run; one that failed stays visible as such."""
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
+    def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)[:6000]) for key, value in values.items()]
+        self.client.log_batch(run_id, params=params)
+
+    def _log_points(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value, step in points]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+class BlockRun:
+    """The child run of one block: a series per candidate, then its figures."""
+
+    def __init__(self, parent: PipelineRun, run_id: str) -> None:
+        self._parent = parent
+        self._run_id = run_id
+
+    def log_loss(self, candidate: str, epoch: int, losses: Mapping[str, float | None]) -> None:
+        """One epoch of one candidate; epoch -1 (before training) becomes MLflow's step 0."""
+        points = [
+            (f"{candidate}/{name}", value, epoch + 1)
+            for name, value in losses.items()
+            if value is not None
+        ]
+        self._parent._log_points(self._run_id, points)
+
+    def end(self, figures: Mapping[str, float | None], *, failed: bool = False) -> None:
+        """Log the final figures and close the run."""
+        points = [(key, value, 0) for key, value in figures.items() if value is not None]
+        self._parent._log_points(self._run_id, points)
+        self._parent.client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
+
+
+def _driver() -> str:
+    """The process that drives this pipeline run: the nearest ``dvc`` above, else this one."""
+    process = psutil.Process()
+    if "DVC_STAGE" in os.environ:
+        for parent in process.parents():
+            if any(Path(word).name == "dvc" for word in parent.cmdline()[:3]):
+                process = parent
+                break
+    return f"{process.pid}-{process.create_time():.0f}"
+
+
+def _experiment(client: Any, workspace: Workspace) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    is_local = tracking_uri(workspace).startswith("sqlite:")
+    location = (workspace.state / "mlartifacts").as_uri() if is_local else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def _end_abandoned(client: Any, run_id: str) -> None:
+    import mlflow
+
+    try:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+    except mlflow.exceptions.MlflowException as error:
+        _log.debug("run %s cannot be ended: %s", run_id, error)
+
+
+def _source_tags(workspace: Workspace) -> dict[str, str]:
+    return {"pbkd.workspace": digest_of(str(workspace.root))[:8]}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            key: item
+            for name, child in value.items()
+            for key, item in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: value}
