@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows.distill import distill, make_pool
-from flows.dvc_gate import gate
+from flows.dvc_gate import gate, hold_pipeline
 from flows.pool import WorkerPool, whole_machine_slot
 from pbkd.artifacts import Workspace
 from pbkd.locks import workspace_lock
@@ -35,7 +35,7 @@ def compress(root: str = ".", state: str | None = None) -> None:
         PbkdError: a stage failed; what earlier stages finished is kept.
     """
     workspace = Workspace.find(Path(root), Path(state) if state else None)
-    with workspace_lock(workspace.root, workspace.state):
+    with workspace_lock(workspace.root, workspace.state), hold_pipeline(workspace):
         context = StageContext.load(workspace)
         run = PipelineRun.current(workspace, context.params)
         with make_pool([whole_machine_slot(context.settings)], context.settings) as pool:
@@ -74,8 +74,9 @@ class _Place:
 def stage(name: str, place: _Place) -> Any:
     """Run one stage in the worker pool unless DVC says that it is up to date."""
     workspace, pool = place.workspace, place.pool
-    with gate(name, workspace) as decision:
-        if decision.up_to_date and (name != "register" or is_registered(workspace)):
+    still_valid = (lambda: is_registered(workspace)) if name == "register" else (lambda: True)
+    with gate(name, workspace, still_valid) as decision:
+        if decision.up_to_date:
             return skipped.fn(decision.reason)
         get_run_logger().info("%s: %s", name, decision.reason)
         context = StageContext.load(workspace, decision.params)

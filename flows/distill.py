@@ -5,23 +5,33 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pool import SlotPool, WorkerPool, worker_slots
+from flows.pool import Slot, SlotPool, WorkerPool, worker_slots
 from flows.progress import Monitor, log_figures
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, run_job
 from pbkd.errors import JobError
 from pbkd.locks import device_lock_dir
-from pbkd.measure import EnergyMeter, EnergyReading
-from pbkd.report import BlockPhase
+from pbkd.measure import (
+    EnergyMeter,
+    EnergyReading,
+    EnergyWindow,
+    device_info,
+    device_is_shared,
+    job_energy_j,
+)
+from pbkd.report import BlockPhase, JobFigures
 from pbkd.settings import Settings
 from pbkd.stages import StageContext
 from pbkd.stages.context import recorded
@@ -84,19 +94,19 @@ def distill(root: str, state: str, params: str) -> None:
             Monitor(todo, progress, context.params.distill.epochs, workspace.store, run),
             meter.window("blocks") as window,
         ):
-            fan_out = FanOut(pool, plan, context)
+            fan_out = FanOut(pool, plan, context, meter)
             blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)
             futures = blocks.map(plan.blocks, unmapped(fan_out))
             wait(list(futures))
         log_figures(list(plan.trainees), workspace.store, run)
         _raise_failures(plan.blocks, [future.state for future in futures])
-        finish_distill(context, plan, fan_out.reports)
-        if fan_out.reports:
-            phase = _block_phase(fan_out.reports, len(slots), window.result)
+        finish_distill(context, plan, [job.report for job in fan_out.jobs])
+        if fan_out.jobs:
+            phase = _block_phase(fan_out.jobs, len(slots), window.result)
             write_json(workspace.state / "block_phase.json", phase)
 
 
-def make_pool(slots: list[Any], settings: Settings) -> SlotPool:
+def make_pool(slots: list[Slot], settings: Settings) -> SlotPool:
     """The pool of this machine's slots."""
     return SlotPool(
         slots,
@@ -106,18 +116,30 @@ def make_pool(slots: list[Any], settings: Settings) -> SlotPool:
     )
 
 
+@dataclass(frozen=True)
+class _FinishedJob:
+    """A job's report, where it ran, and its device's joules if it had the device alone."""
+
+    report: JobReport
+    slot: Slot
+    energy_j: float | None
+
+
 class FanOut:
     """Lets the blocks of one job share one submission; each block is done when its items are there.
 
     A plain class, so that Prefect passes it to the tasks without looking inside.
     """
 
-    def __init__(self, pool: WorkerPool, plan: DistillPlan, context: StageContext) -> None:
-        self.reports: list[JobReport] = []
+    def __init__(
+        self, pool: WorkerPool, plan: DistillPlan, context: StageContext, meter: EnergyMeter
+    ) -> None:
+        self.jobs: list[_FinishedJob] = []
         self._pool = pool
+        self._meter = meter
         self._plan = plan
         self._store = context.workspace.store
-        self._jobs = {t.block: job for job in plan.jobs for t in job.trainees}
+        self._job_of = {t.block: job for job in plan.jobs for t in job.trainees}
         self._futures: dict[str, Future[JobReport]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(plan.jobs)))
@@ -132,7 +154,7 @@ class FanOut:
         Raises:
             PbkdError: the job failed before the block was done.
         """
-        future = self._submitted(self._jobs[block])
+        future = self._submitted(self._job_of[block])
         while not future.done() and not self.is_done(block):
             time.sleep(_POLL_S)
         if not self.is_done(block):
@@ -150,9 +172,35 @@ class FanOut:
 
     def _run(self, job: JobSpec) -> JobReport:
         cost = sum(self._plan.costs[trainee.name] for trainee in job.trainees)
-        report = self._pool.run(run_job, job, priority=cost, heartbeat=job.heartbeat)
-        self.reports.append(report)
+        ran_on: list[Slot] = []
+        with ExitStack() as measuring:
+            windows: list[EnergyWindow] = []
+
+            def begin(slot: Slot) -> None:
+                ran_on.append(slot)
+                windows.append(measuring.enter_context(self._meter.window(job.job_id)))
+
+            report = self._pool.run(
+                run_job, job, priority=cost, heartbeat=job.heartbeat, on_start=begin
+            )
+            counter = gpu_alone(ran_on[0])
+        energy_j = None
+        if counter is not None:
+            energy_j = job_energy_j(windows[0].result, counter, exclusive=True)
+        self.jobs.append(_FinishedJob(report, ran_on[0], energy_j))
         return report
+
+
+def gpu_alone(slot: Slot) -> str | None:
+    """The energy counter of a slot's GPU if no other process computes there now, else None.
+
+    A share of the cores is never alone on its processor.
+    """
+    own = [child.pid for child in psutil.Process().children(recursive=True)]
+    for index, gpu in enumerate(device_info()):
+        if f"gpu-{gpu.uuid}" in slot.locks:
+            return gpu.name if device_is_shared(index, own) is False else None
+    return None
 
 
 def _raise_failures(blocks: list[str], states: list[Any]) -> None:
@@ -169,15 +217,26 @@ def _raise_failures(blocks: list[str], states: list[Any]) -> None:
         )
 
 
-def _block_phase(reports: list[JobReport], num_workers: int, energy: EnergyReading) -> BlockPhase:
-    started = min(report.started_at for report in reports)
-    ended = max(report.started_at + report.duration_s for report in reports)
-    jobs_s = sum(report.duration_s for report in reports)
+def _block_phase(jobs: list[_FinishedJob], num_workers: int, energy: EnergyReading) -> BlockPhase:
+    started = min(job.report.started_at for job in jobs)
+    wall_s = max(job.report.started_at + job.report.duration_s for job in jobs) - started
+    jobs_s = sum(job.report.duration_s for job in jobs)
     return BlockPhase(
         num_workers=num_workers,
-        num_jobs=len(reports),
-        wall_s=ended - started,
+        num_jobs=len(jobs),
+        wall_s=wall_s,
         jobs_s=jobs_s,
-        speedup=jobs_s / (ended - started),
+        speedup=jobs_s / wall_s,
         energy_j=energy.total_j,
+        jobs=tuple(
+            JobFigures(
+                job_id=job.report.job_id,
+                worker=job.slot.name,
+                trained=job.report.trained,
+                started_s=job.report.started_at - started,
+                duration_s=job.report.duration_s,
+                energy_j=job.energy_j,
+            )
+            for job in jobs
+        ),
     )

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,18 @@ class Gate:
 
 
 @contextmanager
-def gate(stage: str, workspace: Workspace) -> Iterator[Gate]:
+def gate(
+    stage: str, workspace: Workspace, still_valid: Callable[[], bool] = lambda: True
+) -> Iterator[Gate]:
     """Hold a stage for a flow run; run the body of the ``with`` only if it is not up to date.
 
     The outputs are committed to DVC when the body succeeds. Where a dependency, a parameter or the
     command changed meanwhile, nothing is committed and a warning says what; where the body raises,
     nothing is committed and the exception passes.
+
+    Args:
+        still_valid: asked where DVC finds nothing changed; False: the stage runs all the same. For
+            what DVC cannot see, such as a registry.
 
     Raises:
         WorkspaceBusyError: another process works on the stage's files; the message has its pid.
@@ -73,7 +79,7 @@ def gate(stage: str, workspace: Workspace) -> Iterator[Gate]:
     with ExitStack() as held:
         with _repo(stage, workspace) as repo:
             held.enter_context(_rwlock(repo, _load(repo, stage, workspace)))
-            decision, facts = _decide(repo, stage, workspace)
+            decision, facts = _decide(repo, stage, workspace, still_valid)
         yield decision
         if decision.up_to_date:
             return
@@ -86,6 +92,26 @@ def gate(stage: str, workspace: Workspace) -> Iterator[Gate]:
                 stage,
                 ", ".join(changed),
             )
+
+
+@contextmanager
+def hold_pipeline(workspace: Workspace) -> Iterator[None]:
+    """Hold the files of all stages for a whole flow run.
+
+    Between two gates a ``dvc repro`` could begin a stage, and clear its outputs away, before the
+    stage's verb finds the workspace taken. Gates within take the same locks again at no cost.
+
+    Raises:
+        WorkspaceBusyError: another process works on some stage's files; the message has its pid.
+    """
+    if "DVC_STAGE" in os.environ or not _in_project(workspace) or not stage_names(workspace):
+        yield
+        return
+    with ExitStack() as held:
+        with _repo("all", workspace) as repo:
+            for name in stage_names(workspace):
+                held.enter_context(_rwlock(repo, _load(repo, name, workspace)))
+        yield
 
 
 def stage_names(workspace: Workspace) -> list[str]:
@@ -103,7 +129,9 @@ def stage_names(workspace: Workspace) -> list[str]:
 # ---------------------------------------------------------------- deciding and committing
 
 
-def _decide(repo: Any, stage: str, workspace: Workspace) -> tuple[Gate, dict[str, Any]]:
+def _decide(
+    repo: Any, stage: str, workspace: Workspace, still_valid: Callable[[], bool]
+) -> tuple[Gate, dict[str, Any]]:
     """Judge as ``dvc repro`` does; outputs are restored, or cleared away for the body.
 
     Each step loads the stage anew: a judgement overwrites the hashes that came from dvc.lock.
@@ -112,8 +140,11 @@ def _decide(repo: Any, stage: str, workspace: Workspace) -> tuple[Gate, dict[str
     if loaded.frozen:
         return Gate(True, workspace.params, "frozen in dvc.yaml"), {}
     if not loaded.changed():
-        return Gate(True, workspace.params, "unchanged"), {}
-    reason = _why(loaded)
+        if still_valid():
+            return Gate(True, workspace.params, "unchanged"), {}
+        reason = "unchanged, but no longer valid"
+    else:
+        reason = _why(loaded)
     if _check_out_missing(loaded) and not _load(repo, stage, workspace).changed():
         return Gate(True, workspace.params, "outputs restored from DVC's cache"), {}
 

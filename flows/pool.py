@@ -256,7 +256,7 @@ class SlotPool:
             JobError: the job crashed, hung, took too long, raised, or the pool is closed.
             PbkdError: as raised by the job, with the worker's traceback as a note.
         """
-        job = getattr(function, "__qualname__", repr(function))
+        job = _name_of(function)
         payload = _pack_call(job, function, args)
         slot = self._take_slot(priority)
         try:
@@ -441,6 +441,10 @@ def _mtime_ns(path: Path | None) -> int | None:
         return None
 
 
+def _name_of(function: Callable[..., object]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
 def _pack_call(job: str, function: Callable[..., object], args: tuple[object, ...]) -> bytes:
     try:
         return pickle.dumps((function, args))
@@ -488,9 +492,19 @@ def _call(payload: bytes, threads: int) -> bytes:
         # Again for each job: __main__ may have loaded torch early, a job may have changed it.
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(threads)
-        return pickle.dumps((function(*args), None))
+        return _pack_result(function, function(*args))
     except BaseException as error:  # noqa: BLE001  sys.exit() in a job must not end the worker
         return _pack_failure(error)
+
+
+def _pack_result(function: Callable[..., object], result: object) -> bytes:
+    try:
+        return pickle.dumps((result, None))
+    except Exception as error:
+        raise JobError(
+            f"job {_name_of(function)}: its result, of type {type(result).__name__}, cannot be "
+            f"pickled: {error}; return paths and plain values"
+        ) from error
 
 
 @dataclass(frozen=True)

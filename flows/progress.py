@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pbkd.artifacts import Store
 from pbkd.blocks import candidate_name
 from pbkd.distill.trainee import HistoryLine, TraineeSpec, read_history
+from pbkd.errors import TrackingError
 from pbkd.stages.distill import is_done, read_trainee
 from pbkd.tracking import PipelineRun
 from pbkd.tracking.mlflow_run import BlockRun
@@ -64,6 +65,7 @@ class Monitor:
         }
         self._artifact: Any = None
         self._artifact_time = 0.0
+        self._tracking_failed = False
 
     def __enter__(self) -> Self:
         for trainee in self._trainees:  # a history of a killed run would look like progress
@@ -87,6 +89,9 @@ class Monitor:
         self._stop.set()
         self._thread.join()
         self._bars.stop()
+        for trainee in self._trainees:  # what is finished has its history in the store
+            if trainee.key in self._done:
+                self._history_path(trainee).unlink(missing_ok=True)
 
     def _follow(self) -> None:
         while not self._stop.wait(_PERIOD_S):
@@ -103,8 +108,7 @@ class Monitor:
             seen = self._seen.get(trainee.key, 0)
             if len(history) < seen:  # a retry began again
                 seen = 0
-            for line in history[seen:]:
-                self._log_line(trainee, line)
+            self._log_lines(trainee, history[seen:])
             self._seen[trainee.key] = len(history)
             if finished:
                 self._done.add(trainee.key)
@@ -112,12 +116,19 @@ class Monitor:
         if time.monotonic() - self._artifact_time >= _ARTIFACT_PERIOD_S:
             self._show_artifact()
 
-    def _log_line(self, trainee: TraineeSpec, line: HistoryLine) -> None:
-        if trainee.block not in self._block_runs:
-            self._block_runs[trainee.block] = self._run.block_run(trainee.block)
-        losses = {"train_loss": line.train_loss, "val_loss": line.val_loss}
+    def _log_lines(self, trainee: TraineeSpec, lines: list[HistoryLine]) -> None:
+        if not lines or self._tracking_failed:
+            return
         name = candidate_name(trainee.config)
-        self._block_runs[trainee.block].log_loss(name, line.epoch, losses)
+        try:
+            if trainee.block not in self._block_runs:
+                self._block_runs[trainee.block] = self._run.block_run(trainee.block)
+            for line in lines:
+                losses = {"train_loss": line.train_loss, "val_loss": line.val_loss}
+                self._block_runs[trainee.block].log_loss(name, line.epoch, losses)
+        except TrackingError as error:  # the training goes on; the histories are on disk
+            self._tracking_failed = True
+            log.warning("series are no longer logged: %s", error)
 
     def _show_bar(self, block: str, history: list[HistoryLine]) -> None:
         epochs = sum(self._epochs(t) for t in self._trainees if t.block == block)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _EXIT_ERROR = 1
 _EXIT_USAGE = 2
+_EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
@@ -37,7 +38,6 @@ _PREFECT_ENVIRONMENT = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pbkd,flows",
 }
 
@@ -45,6 +45,7 @@ app = typer.Typer(
     name="pbkd",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress a trained CNN by parallel blockwise knowledge distillation.\n\n"
@@ -65,6 +66,14 @@ def main() -> None:
         else:
             Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(_EXIT_USAGE if isinstance(error, ConfigError) else _EXIT_ERROR)
+    except Exception as error:
+        if _debug:
+            raise
+        name = type(error).__name__
+        print(
+            f"unexpected {name}: {error}\nrun it again with --debug to see where", file=sys.stderr
+        )
+        sys.exit(_EXIT_BUG)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(_EXIT_INTERRUPTED)
@@ -270,6 +279,9 @@ def _workspace() -> Workspace:
 def _use_prefect() -> None:
     for name, value in _PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # what went wrong is said once, by main(); Prefect would print a stack trace for it
+    level = "ERROR" if _debug else "CRITICAL"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
 
 
 def _print_table(table: Table) -> None:
@@ -300,11 +312,17 @@ def _print_report(workspace: Workspace) -> None:
     _print_table(stage_table(measured))
     print(block_phase_sentence(measured))
     print(summary_sentence(metrics, measured))
-    receipt = read_json(workspace.results / REGISTERED)
     print(f"\nReport:    {_shown(workspace.results / REPORT)} (open it in a browser)")
+    if not (workspace.results / REGISTERED).is_file():
+        print("Registry:  nothing is registered yet; run: pbkd register")
+        return
+    receipt = read_json(workspace.results / REGISTERED)
     print(f"Registry:  {receipt['name']}, champion: version {receipt['champion'] or 'none'}")
-    print(f"           mlflow server --backend-store-uri {receipt['tracking_uri']}")
-    print(f"Load it:   mlflow.pytorch.load_model('models:/{receipt['name']}@champion')")
+    print(f"           open it: mlflow server --backend-store-uri {receipt['tracking_uri']}")
+    if receipt["champion"] is not None:
+        uri = f"models:/{receipt['name']}@champion"
+        print(f"           load it: MLFLOW_TRACKING_URI={receipt['tracking_uri']} python -c \\")
+        print(f"             \"import mlflow; print(mlflow.pytorch.load_model('{uri}'))\"")
 
 
 def _shown(path: Path) -> Path:

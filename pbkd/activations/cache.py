@@ -140,12 +140,9 @@ def _capture_rows(
 ) -> dict[str, Activation]:
     parts: dict[str, list[Activation]] = {path: [] for path in paths}
     for part in torch.split(rows, batch_size):
-        filled = torch.cat([part, part[:1].expand(batch_size - len(part))])
-        images = stream.plain(filled) if isinstance(view, str) else stream.view(view, filled)
-        for path, activation in capture(images, paths).items():
-            parts[path].append(
-                Activation(activation.input[: len(part)], activation.output[: len(part)])
-            )
+        images = stream.plain(part) if isinstance(view, str) else stream.view(view, part)
+        for path, activation in capture(images, paths, fill_to=batch_size).items():
+            parts[path].append(activation)
     return {
         path: Activation(
             torch.cat([part.input for part in group]), torch.cat([part.output for part in group])

@@ -69,12 +69,21 @@ class Capture:
                 )
 
     def __call__(
-        self, images_nchw: Tensor, paths: Iterable[str] | None = None
+        self, images_nchw: Tensor, paths: Iterable[str] | None = None, *, fill_to: int = 0
     ) -> dict[str, Activation]:
-        """Activations of the given blocks (default: all) for (B, C, H, W) images in [0, 1]."""
+        """Activations of the given blocks (default: all) for (B, C, H, W) images in [0, 1].
+
+        Args:
+            fill_to: a smaller batch is filled up to this with its first image, so that it runs the
+                same kernels as a full one; the filling is not handed out.
+        """
         wanted = self.paths if paths is None else tuple(paths)
+        num = len(images_nchw)
+        if num < fill_to:
+            rows = torch.arange(fill_to, device=images_nchw.device)
+            images_nchw = images_nchw[rows.where(rows < num, 0)]  # unlike cat, keeps the layout
         held = self._pass(images_nchw, wanted)
-        rounded = {key: tensor.to(self.dtype) for key, tensor in held.tensors.items()}
+        rounded = {key: tensor[:num].to(self.dtype) for key, tensor in held.tensors.items()}
         return {
             path: Activation(rounded[path, "input"], rounded[path, "output"]) for path in wanted
         }

@@ -27,4 +27,4 @@ class RelaySource:
         """The validation split, in order."""
         wanted = tuple(paths)
         for batch in self.val_stream.in_order(self.batch_size):
-            yield self.capture(batch.images_nchw, wanted)
+            yield self.capture(batch.images_nchw, wanted, fill_to=self.batch_size)

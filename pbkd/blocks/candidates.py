@@ -22,7 +22,8 @@ from pbkd.errors import CandidateError
 def candidate_name(config: CandidateConfig) -> str:
     """A readable name, also of a folder: the kind and the settings that are not the default."""
     settings = config.model_dump(exclude_defaults=True, exclude={"kind"})
-    parts = [f"{name}={value}".lower() for name, value in settings.items()]
+    # a dot, because MLflow's metric names allow few other characters
+    parts = [f"{name}.{value}".lower() for name, value in settings.items()]
     return "-".join([config.kind, *parts])
 
 
@@ -164,7 +165,7 @@ def _inputs_of(whole: nn.Module, parts: list[Separable], x_nchw: Tensor) -> list
     was_training = whole.training
     try:
         with torch.no_grad():
-            whole.eval()(x_nchw)
+            whole.eval()(x_nchw.clone())  # it may begin with an in-place operation
     finally:
         whole.train(was_training)
         for hook in hooks:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pbkd.blocks.candidates import build_candidate, candidate_name
 from pbkd.config import BlocksConfig, CandidateConfig
 from pbkd.errors import BlockError, CandidateError
-from pbkd.measure import count_macs, num_parameters
+from pbkd.measure import count_macs, eval_mode, num_parameters
 
 
 class CandidateFacts(BaseModel):
@@ -194,8 +194,10 @@ class _Observer:
         call = self.calls[path]
         call.times += 1
         call.order = sum(other.times for other in self.calls.values())
-        if len(args) != 1 or kwargs:
-            call.problem = f"takes {len(args) + len(kwargs)} inputs, expected one tensor"
+        if kwargs:
+            call.problem = f"takes keyword inputs ({', '.join(kwargs)}), expected one tensor"
+        elif len(args) != 1:
+            call.problem = f"takes {len(args)} inputs, expected one tensor"
         elif not isinstance(args[0], Tensor):
             call.problem = f"takes {type(args[0]).__name__}, expected one tensor"
         else:
@@ -222,12 +224,10 @@ def _observe(net: nn.Module, paths: list[str], x_nchw: Tensor) -> dict[str, _Cal
         hooks.append(
             module.register_forward_hook(lambda _, args, out, path=path: observer.after(path, out))
         )
-    was_training = net.training
     try:
-        with torch.no_grad():
-            net.eval()(x_nchw)
+        with torch.no_grad(), eval_mode(net):
+            net(x_nchw)
     finally:
-        net.train(was_training)
         for hook in hooks:
             hook.remove()
     return observer.calls
@@ -240,7 +240,7 @@ def _refuse(net: nn.Module, selected: list[str], calls: dict[str, _Call]) -> dic
         names.setdefault(id(module), []).append(path)
     owners = Counter(
         id(parameter)
-        for _, module in net.named_modules()
+        for _, module in net.named_modules(remove_duplicate=False)
         for parameter in module.parameters(recurse=False)
     )
     refused = {}

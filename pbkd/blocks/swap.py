@@ -12,7 +12,9 @@ def swap(net: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, nn.
     """Replace the modules at the given paths, in place; returns what stood there."""
     originals = {path: net.get_submodule(path) for path in replacements}
     for path, module in replacements.items():
-        module.train(originals[path].training)
+        # only where they differ: train() would also reset parts that are frozen in evaluation mode
+        if module.training != originals[path].training:
+            module.train(originals[path].training)
         net.set_submodule(path, module)
     return originals
 

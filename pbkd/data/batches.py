@@ -142,4 +142,6 @@ def _crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
     columns = torch.arange(width, device=images.device) + shifts[:, 1:]
     index = torch.arange(batch, device=images.device)[:, None, None]
     # advanced indices around the channel slice put it last
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    cropped = padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # contiguous() leaves gray images as they are, in strides that convolutions take for NHWC
+    return cropped.clone(memory_format=torch.contiguous_format)

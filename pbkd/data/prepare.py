@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pbkd.artifacts import atomic_dir, digest_of, file_digest, read_json, write_json
 from pbkd.config import PrepareConfig
@@ -69,7 +69,7 @@ class Prepared:
         try:
             images = np.load(self.folder / f"{name}_images.npy", mmap_mode="r")
             labels = np.load(self.folder / f"{name}_labels.npy")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ArtifactError(
                 f"{self.folder}: split {name} cannot be read ({error}); run: pbkd prepare"
             ) from None
@@ -102,8 +102,13 @@ def prepare(config: PrepareConfig, seed: int, folder: Path) -> Prepared:
 
 
 def load_prepared(folder: Path) -> Prepared:
-    """Open a prepared data set; the arrays' headers are checked, their contents are not."""
-    return Prepared(folder, PreparedMeta.model_validate(read_json(folder / "meta.json")))
+    """Open a prepared data set; the arrays are opened, and their headers checked, by ``split``."""
+    try:
+        return Prepared(folder, PreparedMeta.model_validate(read_json(folder / "meta.json")))
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{folder / 'meta.json'} is not of this version ({error}); run: pbkd prepare"
+        ) from None
 
 
 def _split(raw: RawImages, config: PrepareConfig, seed: int) -> dict[str, NDArray[np.int64]]:

@@ -79,6 +79,7 @@ def run_job(spec: JobSpec) -> JobReport:
     """
     started_at = time.time()
     store = Store(spec.store)
+    spec.progress.mkdir(parents=True, exist_ok=True)
     worker = _Worker(spec)
     to_train = [t for t in spec.trainees if not store.has(TRAINEES, t.key)]
     if to_train:

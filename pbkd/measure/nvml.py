@@ -26,9 +26,10 @@ _MACHINE_PID_NAMESPACE = "pid:[4026531836]"
 
 @dataclass(frozen=True)
 class GpuInfo:
-    """A GPU: counter name, model, power limit in watts (None: not told), driver version."""
+    """A GPU: counter name, UUID, model, power limit in watts (None: not told), driver version."""
 
     name: str
+    uuid: str
     model: str
     power_limit_w: float | None
     driver_version: str
@@ -101,6 +102,7 @@ def device_info() -> list[GpuInfo]:
     return [
         GpuInfo(
             name=f"gpu-{index}",
+            uuid=str(nvml.nvmlDeviceGetUUID(handle)),
             model=str(nvml.nvmlDeviceGetName(handle)),
             power_limit_w=_power_limit_w(nvml, handle),
             driver_version=driver_version,

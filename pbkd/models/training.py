@@ -63,9 +63,12 @@ def fit(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
     )
-    steps_per_epoch = sum(1 for _ in train.rows(0, batch_size))
+    num_steps = epochs * sum(1 for _ in train.rows(0, batch_size))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=epochs * steps_per_epoch + 1, pct_start=0.25
+        optimizer,
+        max_lr=lr,
+        total_steps=max(num_steps + 1, 5),  # at 4, a quarter is one step: it divides by zero
+        pct_start=0.25,
     )
     history.write_text("")
     best_accuracy, best_state = predict(model, val, batch_size=_BATCH).accuracy, _copy(model)

@@ -13,26 +13,40 @@ from pbkd.errors import MissingExtraError
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Validation loss by epoch, a line per trainee; epoch -1 is before the first step."""
     figure, axes = _figure()
-    for name, points in curves.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.5)
+    for points in curves.values():
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.5)
     axes.set_xlabel("epoch (-1: inherited weights)")
     axes.set_ylabel("validation loss")
     axes.set_yscale("log")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(
+        axes.lines,  # with labels of their own, a name that begins with _ would be left out
+        [_literal(name) for name in curves],
+        fontsize=7,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
     return _svg(figure)
 
 
 def damages(values: Mapping[str, float], limit: float) -> str:
     """Damage of each trainee as a bar, and the limit over which the teacher's block stays."""
-    figure, axes = _figure(height=0.4 * len(values) + 1)
-    names = list(values)
-    axes.barh(names, [values[name] for name in names], color="#4c78a8", height=0.6)
-    axes.axvline(limit, color="#e45756", linewidth=1.5, linestyle="--")
-    axes.text(limit, -0.75, " max_damage", color="#e45756", fontsize=8, va="center")
+    figure, axes = _figure(height=0.4 * max(len(values), 2) + 1)
+    names = [_literal(name) for name in values]
+    axes.barh(names, list(values.values()), color="#4c78a8", height=0.6)
+    if limit > 0:  # 0 has no place on a logarithmic scale
+        axes.axvline(limit, color="#e45756", linewidth=1.5, linestyle="--")
+        above = axes.get_xaxis_transform()
+        axes.text(limit, 1.02, "max_damage", color="#e45756", fontsize=8, transform=above)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("damage: KL of the logits (nats)")
     return _svg(figure)
+
+
+def _literal(name: str) -> str:
+    """A name that matplotlib takes for no formula."""
+    return name.replace("$", r"\$")
 
 
 def _figure(width: float = 7.5, height: float = 3.2) -> tuple[Any, Any]:

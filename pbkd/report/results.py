@@ -7,10 +7,12 @@ and counters say; what could not be measured is null.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from pbkd.artifacts import read_json
+from pbkd.errors import ArtifactError
 
 METRICS = "metrics.json"
 MEASURED = "measured.json"
@@ -91,10 +93,29 @@ class StageFigures(_Record):
     energy_j: dict[str, float | None]
 
 
+class JobFigures(_Record):
+    """One job of the block phase.
+
+    Attributes:
+        worker: name of the slot.
+        trained: names of the trainees.
+        started_s: seconds after the phase began.
+        energy_j: joules of the job's device; null unless the job had it alone.
+    """
+
+    job_id: str
+    worker: str
+    trained: tuple[str, ...]
+    started_s: float
+    duration_s: float
+    energy_j: float | None
+
+
 class BlockPhase(_Record):
     """The last run in which blocks were trained.
 
     Attributes:
+        jobs: in the order in which they ended.
         wall_s: from the first job's start to the last one's end, seconds.
         jobs_s: all jobs' seconds on their workers, added up.
         speedup: ``jobs_s / wall_s``.
@@ -107,6 +128,7 @@ class BlockPhase(_Record):
     jobs_s: float
     speedup: float
     energy_j: float | None
+    jobs: tuple[JobFigures, ...] = ()
 
 
 class Measured(_Record):
@@ -125,9 +147,15 @@ class Measured(_Record):
 
 def read_metrics(results: Path) -> Metrics:
     """Read ``metrics.json``; ArtifactError where it is missing."""
-    return Metrics.model_validate(read_json(results / METRICS))
+    return Metrics.model_validate(_read(results / METRICS))
 
 
 def read_measured(results: Path) -> Measured:
     """Read ``measured.json``; ArtifactError where it is missing."""
-    return Measured.model_validate(read_json(results / MEASURED))
+    return Measured.model_validate(_read(results / MEASURED))
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; run: pbkd evaluate")
+    return read_json(path)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd.artifacts import Workspace, read_json, write_json
 from pbkd.config import Params, load_params
+from pbkd.errors import ArtifactError
 from pbkd.measure import EnergyMeter
 from pbkd.settings import Settings
 
@@ -48,6 +49,18 @@ class StageContext:
         """
         params = load_params(params_path or workspace.params)
         return cls(workspace, params, Settings.from_env())
+
+
+def student_folders(workspace: Workspace, stage: str) -> list[Path]:
+    """The folders of the students that a stage wrote, by name.
+
+    Raises:
+        ArtifactError: the stage has not run.
+    """
+    output = workspace.artifacts(stage)
+    if not output.is_dir():
+        raise ArtifactError(f"{output} is missing; run: pbkd {stage}")
+    return sorted(path for path in output.iterdir() if path.is_dir())
 
 
 class StageRecord(BaseModel):

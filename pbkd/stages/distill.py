@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from pbkd.activations.cache import KIND as ACTIVATIONS
 from pbkd.artifacts import Store, Workspace, atomic_dir, link_tree, read_json, write_json
 from pbkd.blocks import Discovery, candidate_name
 from pbkd.distill import (
@@ -82,6 +83,8 @@ def plan_distill(context: StageContext, num_workers: int) -> DistillPlan:
         for folder in (output / kind).iterdir() if (output / kind).is_dir() else ():
             store.adopt(kind, folder)
     discovery, settled = read_blocks(workspace), read_settled(workspace)
+    for folder in workspace.artifacts("activations").glob("*/*"):  # the store may be new
+        store.adopt(ACTIVATIONS, folder)
     card = read_card(workspace.artifacts("teacher"))
     trainees = _trainees(context, card, settled, discovery)
     costs = _costs(context, discovery, settled, trainees)

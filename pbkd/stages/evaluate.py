@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pbkd.artifacts import Workspace, digest_of, read_json, write_json
+from pbkd.artifacts import Workspace, atomic_path, digest_of, read_json, write_json
 from pbkd.config import AugmentConfig, EvaluateConfig
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
@@ -33,7 +33,7 @@ from pbkd.report import (
     StudentFigures,
     render,
 )
-from pbkd.stages.context import StageContext, stage_records
+from pbkd.stages.context import StageContext, stage_records, student_folders
 from pbkd.stages.distill import Distilled, read_distilled
 from pbkd.stages.stitch import read_stitched
 from pbkd.students import load_model
@@ -51,13 +51,14 @@ def run(context: StageContext) -> None:
     results = workspace.results
     write_json(results / METRICS, metrics)
     write_json(results / MEASURED, measured)
-    (results / REPORT).write_text(_report(context, metrics, measured))
+    with atomic_path(results / REPORT) as temporary:
+        temporary.write_text(_report(context, metrics, measured))
 
 
 def model_folders(workspace: Workspace) -> dict[str, Path]:
     """The final models: ``teacher``, then the students by name."""
-    shrunk = sorted(path for path in workspace.artifacts("shrink").iterdir() if path.is_dir())
-    return {"teacher": workspace.artifacts("teacher")} | {path.name: path for path in shrunk}
+    shrunk = {path.name: path for path in student_folders(workspace, "shrink")}
+    return {"teacher": workspace.artifacts("teacher")} | shrunk
 
 
 def forget_measurements(workspace: Workspace) -> None:

@@ -8,15 +8,15 @@ from pbkd.artifacts import atomic_dir, write_json
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
 from pbkd.models import load_teacher, save_model
-from pbkd.stages.context import StageContext
+from pbkd.stages.context import StageContext, student_folders
 from pbkd.students import finetune, load_model
 
 
 def run(context: StageContext) -> None:
     """Write ``artifacts/finetune/STUDENT/``: model, history, ``finetune.json``."""
-    stitched = context.workspace.artifacts("stitch")
+    sources = student_folders(context.workspace, "stitch")
     with atomic_dir(context.workspace.artifacts("finetune")) as folder:
-        for source in sorted(path for path in stitched.iterdir() if path.is_dir()):
+        for source in sources:
             (folder / source.name).mkdir()
             _finetune(context, source, folder / source.name)
 

@@ -53,7 +53,8 @@ def is_registered(workspace: Workspace) -> bool:
 
 def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
     """The series of teacher and fine-tuning that are on disk."""
-    pipeline_run.log_history("teacher", _lines(workspace.artifacts("teacher") / "history.jsonl"))
+    teacher = workspace.artifacts("teacher") / "history.jsonl"
+    pipeline_run.log_history("teacher/training", _lines(teacher))
     for path in sorted(workspace.artifacts("finetune").glob("*/history.jsonl")):
         pipeline_run.log_history(f"finetune/{path.parent.name}", _lines(path))
 
@@ -89,6 +90,6 @@ def _figures(metrics: Metrics, measured: Measured) -> dict[str, float | None]:
         figures["block_phase/speedup"] = measured.block_phase.speedup
         figures["block_phase/wall_s"] = measured.block_phase.wall_s
         figures["block_phase/energy_j"] = measured.block_phase.energy_j
-    for name, student in metrics.students.items():
-        figures[f"{name}/bytes_ratio"] = student.bytes_ratio
+    for name, model in {"teacher": metrics.teacher, **metrics.students}.items():
+        figures |= {f"{name}/{key}": float(value) for key, value in model.model_dump().items()}
     return figures

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pbkd.artifacts import atomic_dir, write_json
 from pbkd.models import save_model
-from pbkd.stages.context import StageContext
+from pbkd.stages.context import StageContext, student_folders
 from pbkd.students import load_model
 
 
 def run(context: StageContext) -> None:
     """Write ``artifacts/shrink/STUDENT/``: model and ``shrink.json`` with the steps taken."""
-    finetuned = context.workspace.artifacts("finetune")
+    sources = student_folders(context.workspace, "finetune")
     with atomic_dir(context.workspace.artifacts("shrink")) as folder:
-        for source in sorted(path for path in finetuned.iterdir() if path.is_dir()):
+        for source in sources:
             model, card = load_model(source)
             save_model(folder / source.name, model, card)
             write_json(folder / source.name / "shrink.json", {"steps": []})

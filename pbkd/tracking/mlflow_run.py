@@ -23,10 +23,17 @@ _log = logging.getLogger(__name__)
 
 EXPERIMENT = "pbkd"
 
+_URI = "MLFLOW_TRACKING_URI"
+
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
 
 def tracking_uri(workspace: Workspace) -> str:
     """MLFLOW_TRACKING_URI, else a sqlite file in the state folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.state / 'mlflow.db'}"
+    return os.environ.get(_URI) or f"sqlite:///{workspace.state / 'mlflow.db'}"
 
 
 def mlflow_client(workspace: Workspace) -> Any:
@@ -36,15 +43,20 @@ def mlflow_client(workspace: Workspace) -> Any:
         MissingExtraError: MLflow is not installed.
         TrackingError: the store cannot be reached.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     workspace.state.mkdir(parents=True, exist_ok=True)
     try:
         import mlflow
     except ImportError:
         raise MissingExtraError("mlflow", "pipeline", "tracking") from None
     uri = tracking_uri(workspace)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    given = os.environ.get(_URI)
     mlflow.set_tracking_uri(uri)
+    if given is None:  # MLflow sets it; the next workspace must not take it for the user's
+        os.environ.pop(_URI, None)
     client = mlflow.MlflowClient()
     try:
         client.search_experiments(max_results=1)
@@ -63,7 +75,7 @@ class PipelineRun:
 
     @classmethod
     def current(cls, workspace: Workspace, params: Params) -> PipelineRun:
-        """The run of this process's driver: found, or begun.
+        """The open run of this process's driver: found, or begun.
 
         A run that an earlier driver left open is ended as killed.
         """
@@ -72,7 +84,7 @@ class PipelineRun:
         driver, uri = _driver(), tracking_uri(workspace)
         known = read_json(path) if path.is_file() else None
         if known and known["uri"] == uri:
-            if known["driver"] == driver:
+            if known["driver"] == driver and _is_open(client, known["run_id"]):
                 return cls(client, known["run_id"], known["experiment_id"])
             _end_abandoned(client, known["run_id"])
         experiment_id = _experiment(client, workspace)
@@ -108,22 +120,28 @@ class PipelineRun:
 
     def block_run(self, block: str) -> BlockRun:
         """The child run of a block."""
-        tags = {
-            "mlflow.parentRunId": self.run_id,
-            "pbkd.block": block,
-            "mlflow.runName": block,
-        }
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`pbkd.block` = '{block}'",
-            max_results=1,
-        )
-        run = found[0] if found else self.client.create_run(self.experiment_id, tags=tags)
-        return BlockRun(self, run.info.run_id)
+        return BlockRun(self, self._child_run("pbkd.block", block))
+
+    def model_run(self, budget: str) -> str:
+        """Id of the child run of a model.
+
+        MLflow copies a run's figures to the models that are logged in it, so each has its own.
+        """
+        return self._child_run("pbkd.model", budget)
 
     def end(self, *, failed: bool = False) -> None:
         """Close the run; one that failed stays visible as such."""
         self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
+    def _child_run(self, tag: str, name: str) -> str:
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{tag}` = '{name}'",
+            max_results=1,
+        )
+        tags = {"mlflow.parentRunId": self.run_id, tag: name, "mlflow.runName": name}
+        run = found[0] if found else self.client.create_run(self.experiment_id, tags=tags)
+        return str(run.info.run_id)
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -133,11 +151,15 @@ class PipelineRun:
 
     def _log_points(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         now = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value, step in points]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        try:
+            for start in range(0, len(metrics), 1000):
+                self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        except MlflowException as error:
+            raise TrackingError(f"MLflow takes no figures of run {run_id}: {error}") from error
 
 
 class BlockRun:
@@ -183,14 +205,20 @@ def _experiment(client: Any, workspace: Workspace) -> str:
     return str(client.create_experiment(EXPERIMENT, artifact_location=location))
 
 
-def _end_abandoned(client: Any, run_id: str) -> None:
+def _is_open(client: Any, run_id: str) -> bool:
+    """Whether a run goes on; one that the store does not know (any more) does not."""
     import mlflow
 
     try:
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, "KILLED")
+        return bool(client.get_run(run_id).info.status == "RUNNING")
     except mlflow.exceptions.MlflowException as error:
-        _log.debug("run %s cannot be ended: %s", run_id, error)
+        _log.debug("run %s cannot be read: %s", run_id, error)
+        return False
+
+
+def _end_abandoned(client: Any, run_id: str) -> None:
+    if _is_open(client, run_id):
+        client.set_terminated(run_id, "KILLED")
 
 
 def _source_tags(workspace: Workspace) -> dict[str, str]:

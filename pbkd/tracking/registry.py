@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -90,7 +93,7 @@ def register_models(
 
 def still_registered(workspace: Workspace, receipt: Registered) -> bool:
     """Whether the registry holds what a receipt says."""
-    known = {v.version: v for v in _versions(mlflow_client(workspace), receipt.name)}
+    known = {str(v.version): v for v in _versions(mlflow_client(workspace), receipt.name)}
     return all(
         entry.version in known
         and known[entry.version].tags.get("pbkd.model_digest") == entry.model_digest
@@ -123,8 +126,9 @@ def _register(
         "pbkd.model_digest": digest,
         "pbkd.budget": candidate.budget,
         "pbkd.data_digest": candidate.card.data_digest,
-    } | {f"pbkd.{key}": f"{value:.6g}" for key, value in candidate.figures.items()}
-    version = mlflow.register_model(model_uri, name, tags=tags)
+    } | {f"pbkd.{key}": f"{value:.12g}" for key, value in candidate.figures.items()}
+    with contextlib.redirect_stderr(io.StringIO()):  # it prints what our own log says
+        version = mlflow.register_model(model_uri, name, tags=tags)
     _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
     return Version(version=str(version.version), model_digest=digest)
 
@@ -144,7 +148,9 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(card.class_names)))]),
     )
     requirements = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"]
-    with mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+    with mlflow.start_run(
+        run_id=run.model_run(candidate.budget), log_system_metrics=False
+    ) as model_run:
         info = mlflow.pytorch.log_model(
             model,
             name=f"{candidate.budget}",
@@ -155,9 +161,7 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
             metadata={"class_names": list(card.class_names), "pbkd": __version__},
         )
         for key, value in candidate.figures.items():
-            client.log_metric(
-                run.run_id, f"{candidate.budget}/{key}", value, model_id=info.model_id
-            )
+            client.log_metric(model_run.info.run_id, key, value, model_id=info.model_id)
     return str(info.model_uri)
 
 
@@ -165,7 +169,7 @@ def _choose_champion(
     client: Any, name: str, data_digest: str, max_accuracy_drop: float
 ) -> str | None:
     """Version number of the best student on this data, or None where none is good enough."""
-    best, best_rank = None, (math.inf, math.inf)
+    best, best_rank = None, (math.inf, math.inf, 0)
     for version in _versions(client, name):
         tags = version.tags
         if tags.get("pbkd.data_digest") != data_digest or tags.get("pbkd.budget") == "teacher":
@@ -175,12 +179,21 @@ def _choose_champion(
         )
         if accuracy < teacher - max_accuracy_drop:
             continue
-        rank = (float(tags["pbkd.file_bytes"]), -accuracy)
+        # of equal ones the first, so that the alias moves to better ones only
+        rank = (float(tags["pbkd.file_bytes"]), -accuracy, int(version.version))
         if rank < best_rank:
             best, best_rank = str(version.version), rank
     return best
 
 
 def _public(uri: str, workspace: Workspace) -> str:
-    """The URI for the receipt: the default store is named by its place in the workspace."""
-    return "sqlite:///.pbkd/mlflow.db" if str(workspace.state) in uri else uri
+    """The URI for the receipt, without passwords or paths of this machine.
+
+    The default store is named by its place in the workspace.
+    """
+    if str(workspace.state) in uri:
+        return "sqlite:///.pbkd/mlflow.db"
+    parts = urlsplit(uri)
+    if not parts.netloc:  # a file or folder of this machine
+        return f"{parts.scheme or 'file'}:{Path(parts.path).name}"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from pbkd.errors import MissingExtraError, TrainingError
@@ -34,9 +35,11 @@ def hold(pid_file: Path) -> None:
 
 def hold_with_offspring(pid_file: Path) -> None:
     """As hold, with a forked process that outlives its parent."""
-    if os.fork() == 0:
-        time.sleep(30)
-        os._exit(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
     hold(pid_file)
 
 

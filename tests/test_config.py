@@ -1,0 +1,142 @@
+"""params.yaml: what is accepted, and what is said where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pbkd.config import Params, SeparableConfig, load_params
+from pbkd.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load(tmp_path: Path, text: str) -> Params:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("sed: 1", "sed", "seed"),
+        ("distil: {epochs: 2}", "distil", "distill"),
+        ("registry: {name: a}", "registry", "register"),
+        ("distill: {epoch: 2}", "distill.epoch", "epochs"),
+        ("teacher: {augment: {flop: true}}", "teacher.augment.flop", "flip"),
+        ("register: {nam: a}", "register.nam", "name"),
+        (
+            "blocks: {candidates: [{kind: separable}, {deph: 2}]}",
+            "blocks.candidates.1.deph",
+            "depth",
+        ),
+        (
+            "blocks: {overrides: {layer1: [{batchnorm: true}]}}",
+            "blocks.overrides.layer1.0.batchnorm",
+            "batch_norm",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(
+    tmp_path: Path, text: str, key: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, text)
+    message = str(caught.value)
+    assert str(tmp_path / "params.yaml") in message
+    assert f"{key}: unknown key; did you mean `{nearest}`?" in message
+
+
+def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prepare\.zzz: unknown key; known are source, size,"):
+        _load(tmp_path, "prepare: {zzz: 1}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: none", "seed: got 'none'"),
+        ("seed: -1", "seed: got -1"),
+        ("distill: {epochs: 1.5}", "distill.epochs: got 1.5"),
+        ("distill: {lr: 0}", "distill.lr: got 0"),
+        ("distill: {lr: .nan}", "distill.lr: got nan"),
+        ("distill: {loss: l1}", "distill.loss: got 'l1'; Input should be 'relative_l2' or 'mse'"),
+        ("teacher: {min_accuracy: 97}", "teacher.min_accuracy: got 97"),
+        ("teacher: {augment: {flip: maybe}}", "teacher.augment.flip: got 'maybe'"),
+        ("blocks: {candidates: []}", "blocks.candidates: got []"),
+        ("blocks: {candidates: [{depth: 3}]}", "blocks.candidates.0.depth: got 3"),
+        ("evaluate: {latency_batch_sizes: [1, 0]}", "evaluate.latency_batch_sizes.1: got 0"),
+        ("shrink: {recipe: [prune]}", "shrink.recipe: got ['prune']"),
+        ("register: {name: a/b}", "register.name: got 'a/b'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_got(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, text)
+    assert said in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seed: got 'x'.*; distill\.epoch: unknown key"):
+        _load(tmp_path, "seed: x\ndistill: {epoch: 2}")
+
+
+@pytest.mark.parametrize("blocks", ["{select: paths}", "{paths: [layer1]}"])
+def test_paths_and_select_paths_need_each_other(tmp_path: Path, blocks: str) -> None:
+    with pytest.raises(ConfigError, match="`paths` needs `select: paths`"):
+        _load(tmp_path, f"blocks: {blocks}")
+
+
+def test_paths_with_select_paths_are_accepted(tmp_path: Path) -> None:
+    params = _load(tmp_path, "blocks: {select: paths, paths: ['layer?.*']}")
+    assert params.blocks.paths == ("layer?.*",)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"params\.yaml does not exist"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"seed: [1", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"- seed\n", "got list, expected sections"),
+        (b"", "got NoneType, expected sections"),
+        (b"seed 1", "got str, expected sections"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        load_params(path)
+
+
+def test_every_key_has_a_default(tmp_path: Path) -> None:
+    params = _load(tmp_path, "seed: 3")
+    assert params == Params(seed=3)
+    assert params.blocks.candidates == (SeparableConfig(depth=1, batch_norm=False),)
+    assert params.register_.name == "pbkd-digits"
+
+
+def test_yaml_scalars_become_the_declared_types(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-3, which has no dot, as a string
+    params = _load(tmp_path, "distill: {lr: 1e-3}\nteacher: {augment: {flip: yes}}")
+    assert params.distill.lr == 0.001
+    assert params.teacher.augment.flip is True
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Params().distill.epochs = 3  # type: ignore[misc]
+
+
+def test_the_repository_loads() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.prepare.source == "digits"
+    assert params.register_.name == "pbkd-digits"

@@ -1,0 +1,188 @@
+"""The MLflow record of a pipeline run, in a real store."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pbkd.artifacts import Workspace, read_json, write_json
+from pbkd.config import Params
+from pbkd.errors import TrackingError
+from pbkd.tracking import PipelineRun
+from pbkd.tracking.mlflow_run import mlflow_client, tracking_uri
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs; making its tables takes seconds."""
+    root = tmp_path_factory.mktemp("mlflow")
+    mlflow_client(Workspace(root, root / ".pbkd"))
+    return root / ".pbkd" / "mlflow.db"
+
+
+@pytest.fixture
+def workspace(new_store: Path, tmp_path: Path) -> Workspace:
+    workspace = Workspace(tmp_path, tmp_path / ".pbkd")
+    workspace.state.mkdir()
+    shutil.copy(new_store, workspace.state / "mlflow.db")
+    return workspace
+
+
+PARAMS = Params.model_validate({"distill": {"lr": 0.125}, "register": {"name": "tiny"}})
+
+
+def begin(workspace: Workspace) -> PipelineRun:
+    return PipelineRun.current(workspace, PARAMS)
+
+
+def runs_of(run: PipelineRun):
+    return run.client.search_runs([run.experiment_id])
+
+
+def test_a_driver_has_one_run_however_often_it_asks(workspace):
+    first, second = begin(workspace), begin(workspace)
+    assert first.run_id == second.run_id
+    assert len(runs_of(first)) == 1
+    assert first.client.get_run(first.run_id).info.status == "RUNNING"
+
+
+def test_a_run_holds_every_parameter_by_its_name_in_the_file(workspace):
+    run = begin(workspace)
+    params = run.client.get_run(run.run_id).data.params
+    assert params["seed"] == "0"
+    assert params["distill.lr"] == "0.125"
+    assert params["register.name"] == "tiny"
+    assert params["teacher.augment.pad"] == "0"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_ended_is_not_taken_up_again(workspace, failed):
+    run = begin(workspace)
+    run.end(failed=failed)
+    assert begin(workspace).run_id != run.run_id
+    status = run.client.get_run(run.run_id).info.status
+    assert status == ("FAILED" if failed else "FINISHED")
+
+
+def test_an_open_run_of_another_driver_is_ended_as_killed(workspace):
+    abandoned = begin(workspace)
+    path = workspace.state / "pipeline_run.json"
+    write_json(path, read_json(path) | {"driver": "1-0"})
+    run = begin(workspace)
+    assert run.run_id != abandoned.run_id
+    assert run.client.get_run(abandoned.run_id).info.status == "KILLED"
+    assert run.client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_an_ended_run_of_another_driver_keeps_its_status(workspace):
+    ended = begin(workspace)
+    ended.end()
+    path = workspace.state / "pipeline_run.json"
+    write_json(path, read_json(path) | {"driver": "1-0"})
+    run = begin(workspace)
+    assert run.client.get_run(ended.run_id).info.status == "FINISHED"
+
+
+def test_another_process_is_another_driver(workspace):
+    run = begin(workspace)
+    code = (
+        "import sys; from pathlib import Path; from pbkd.artifacts import Workspace\n"
+        "from pbkd.config import Params; from pbkd.tracking import PipelineRun\n"
+        "root = Path(sys.argv[1]); print(PipelineRun.current(\n"
+        "    Workspace(root, root / '.pbkd'), Params()).run_id)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(workspace.root)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() != run.run_id
+    assert run.client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_a_store_that_was_deleted_gets_a_new_run(workspace, new_store):
+    run = begin(workspace)
+    other = Workspace(workspace.root, workspace.root / "other")
+    other.state.mkdir()
+    shutil.copy(new_store, other.state / "mlflow.db")
+    known = read_json(workspace.state / "pipeline_run.json")
+    uri = f"sqlite:///{other.state / 'mlflow.db'}"
+    write_json(other.state / "pipeline_run.json", known | {"uri": uri})
+    assert begin(other).run_id != run.run_id
+
+
+def test_workspaces_of_one_process_keep_their_own_stores(workspace, new_store, tmp_path):
+    other = Workspace(tmp_path / "b", tmp_path / "b" / ".pbkd")
+    other.state.mkdir(parents=True)
+    shutil.copy(new_store, other.state / "mlflow.db")
+    first, second = begin(workspace), begin(other)
+    assert [run.info.run_id for run in runs_of(second)] == [second.run_id]
+    assert [run.info.run_id for run in runs_of(first)] == [first.run_id]
+    assert tracking_uri(other) == f"sqlite:///{other.state / 'mlflow.db'}"
+
+
+def test_series_are_logged_once(workspace):
+    run = begin(workspace)
+    history = [{"epoch": epoch, "loss": 1.0 / (epoch + 1)} for epoch in range(3)]
+    for _ in range(2):
+        begin(workspace).log_history("teacher/training", history)
+    points = run.client.get_metric_history(run.run_id, "teacher/training/loss")
+    assert [(point.step, point.value) for point in points] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+
+
+def test_what_was_not_measured_is_left_out(workspace):
+    run = begin(workspace)
+    run.log_metrics({"a": 1.5, "b": None, "c": 0.0})
+    assert run.client.get_run(run.run_id).data.metrics == {"a": 1.5, "c": 0.0}
+
+
+def test_more_points_than_mlflow_takes_at_once(workspace):
+    run = begin(workspace)
+    run.log_history("s", [{"epoch": epoch, "x": float(epoch)} for epoch in range(1001)])
+    assert len(run.client.get_metric_history(run.run_id, "s/x")) == 1001
+
+
+def test_a_block_has_one_child_run_with_a_series_per_candidate(workspace):
+    run = begin(workspace)
+    for epoch in (-1, 0):
+        block = run.block_run("layer1.0")  # found again
+        block.log_loss("separable", epoch, {"train_loss": None, "val_loss": 0.5 + epoch})
+    run.block_run("layer2.0")
+    block.end({"separable/damage_kl": 0.25, "separable/best_val_loss": None})
+
+    children = {r.data.tags["pbkd.block"]: r for r in runs_of(run) if r.info.run_id != run.run_id}
+    assert set(children) == {"layer1.0", "layer2.0"}
+    child = children["layer1.0"]
+    assert child.data.tags["mlflow.parentRunId"] == run.run_id
+    assert child.info.run_name == "layer1.0"
+    assert child.info.status == "FINISHED"
+    assert child.data.metrics == {"separable/val_loss": 0.5, "separable/damage_kl": 0.25}
+    points = run.client.get_metric_history(child.info.run_id, "separable/val_loss")
+    assert [(point.step, point.value) for point in points] == [(0, -0.5), (1, 0.5)]
+
+
+def test_a_block_that_failed_shows_as_failed(workspace):
+    run = begin(workspace)
+    run.block_run("layer1.0").end({}, failed=True)
+    (child,) = (r for r in runs_of(run) if r.info.run_id != run.run_id)
+    assert child.info.status == "FAILED"
+
+
+def test_a_store_that_does_not_answer_is_named(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"MLflow at http://127.0.0.1:9 does not answer"):
+        mlflow_client(workspace)
+
+
+def test_another_store_gets_another_run(workspace, tmp_path, new_store, monkeypatch):
+    run = begin(workspace)
+    other = tmp_path / "other.db"
+    shutil.copy(new_store, other)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    assert begin(workspace).run_id != run.run_id
