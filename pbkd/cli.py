@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _EXIT_ERROR = 1
 _EXIT_USAGE = 2
 _EXIT_BUG = 70
-_EXIT_INTERRUPTED = 130
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
 _PREFECT_ENVIRONMENT = {
@@ -74,9 +73,6 @@ def main() -> None:
             f"unexpected {name}: {error}\nrun it again with --debug to see where", file=sys.stderr
         )
         sys.exit(_EXIT_BUG)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept", file=sys.stderr)
-        sys.exit(_EXIT_INTERRUPTED)
 
 
 def _plain(error: PbkdError) -> str:
@@ -180,11 +176,14 @@ def evaluate(
     remeasure: Annotated[bool, typer.Option(help="Measure latency anew on this machine.")] = False,
 ) -> None:
     """Measure teacher and students, write results/."""
-    if remeasure:
-        from pbkd.stages.evaluate import forget_measurements
+    from pbkd.stages import StageContext, run_stage
+    from pbkd.stages.evaluate import forget_measurements
 
-        forget_measurements(_workspace())
-    _stage("evaluate")
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        if remeasure:
+            forget_measurements(workspace)
+        run_stage("evaluate", StageContext.load(workspace))
 
 
 @app.command(rich_help_panel="Stages")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pbkd.artifacts import Workspace
 from pbkd.stages import STAGES, StageContext, run_stage
@@ -29,6 +30,12 @@ register: {name: tiny}
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors gain nothing from more threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

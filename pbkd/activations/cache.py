@@ -27,7 +27,7 @@ from pbkd.artifacts import (
     write_marker,
 )
 from pbkd.blocks import BlockFacts
-from pbkd.config import ActivationsConfig
+from pbkd.config import ActivationsConfig, AugmentConfig
 from pbkd.data.batches import Stream
 from pbkd.errors import ArtifactError
 from pbkd.models import ModelCard
@@ -45,7 +45,9 @@ def cache_key(
     card: ModelCard, config: ActivationsConfig, seed: int, path: str, view: int | str
 ) -> str:
     """Key of one block in one view: all that its contents depend on."""
-    augment = None if view == VAL else card.augment
+    augment = None if view == VAL or card.augment == AugmentConfig() else card.augment
+    if view != VAL and augment is None:
+        view = 0  # without augmentation all views are one
     return digest_of(
         {
             "algorithm": _ALGORITHM,

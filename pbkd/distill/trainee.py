@@ -175,7 +175,7 @@ class Trainee:
     def step(self, activation: Activation) -> None:
         """One optimizer step; the loss stays on the device."""
         self.module.train()
-        output = self.module(activation.input.float())
+        output = self.module(_own_copy(activation.input))
         loss = self.loss(output, activation.output.float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -187,7 +187,7 @@ class Trainee:
     def batch_loss(self, activation: Activation) -> Tensor:
         """Validation loss of one batch times its number of images."""
         self.module.eval()
-        output = self.module(activation.input.float())
+        output = self.module(_own_copy(activation.input))
         return self.loss(output, activation.output.float()) * len(output)
 
     def end_epoch(self, val_loss: float) -> None:
@@ -265,6 +265,11 @@ class Trainee:
 
     def _state(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """Float32 that a candidate may overwrite: other trainees of the block read the original."""
+    return tensor.to(torch.float32, copy=True)
 
 
 def _finite(value: float | None) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pbkd.data.batches import Stream
+from pbkd.measure import eval_mode
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,10 @@ def predict(
 
     The model is left in the mode in which it was found.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            batches = [
-                (model(batch.images_nchw).float(), batch.labels_n)
-                for batch in stream.in_order(batch_size, limit)
-            ]
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), eval_mode(model):
+        batches = [
+            (model(batch.images_nchw).float(), batch.labels_n)
+            for batch in stream.in_order(batch_size, limit)
+        ]
     logits, labels = zip(*batches, strict=True)
     return Predictions(torch.cat(logits), torch.cat(labels))

@@ -22,6 +22,8 @@ from pbkd.tracking.mlflow_run import PipelineRun, mlflow_client, tracking_uri
 _log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+_DECIDING = ("val_accuracy", "teacher_val_accuracy", "file_bytes")
+"""Figures that the rule of the champion needs; they stand on the version as tags."""
 
 
 class Candidate(BaseModel):
@@ -126,9 +128,10 @@ def _register(
         "pbkd.model_digest": digest,
         "pbkd.budget": candidate.budget,
         "pbkd.data_digest": candidate.card.data_digest,
-    } | {f"pbkd.{key}": f"{value:.12g}" for key, value in candidate.figures.items()}
+    } | {f"pbkd.{key}": f"{candidate.figures[key]:.12g}" for key in _DECIDING}
     with contextlib.redirect_stderr(io.StringIO()):  # it prints what our own log says
         version = mlflow.register_model(model_uri, name, tags=tags)
+    client.update_model_version(name, version.version, description=_describe(candidate))
     _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
     return Version(version=str(version.version), model_digest=digest)
 
@@ -163,6 +166,18 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
         for key, value in candidate.figures.items():
             client.log_metric(model_run.info.run_id, key, value, model_id=info.model_id)
     return str(info.model_uri)
+
+
+def _describe(candidate: Candidate) -> str:
+    """What a person who picks a version wants to know, in one line."""
+    figures, card = candidate.figures, candidate.card
+    kind = "Teacher" if candidate.budget == "teacher" else f"Student `{candidate.budget}` of"
+    replaced = f", {len(card.replacements)} blocks replaced" if card.replacements else ""
+    return (
+        f"{kind} {card.network.name}{replaced}: {figures['val_accuracy']:.2%} on the validation "
+        f"split (teacher {figures['teacher_val_accuracy']:.2%}), {figures['test_accuracy']:.2%} on "
+        f"the test split, {figures['file_bytes']:,.0f} bytes, {figures['macs']:,.0f} MACs per image"
+    )
 
 
 def _choose_champion(

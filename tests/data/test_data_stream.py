@@ -159,9 +159,10 @@ def test_an_image_looks_the_same_whatever_the_chunks() -> None:
         assert torch.equal(image, seen[row])
 
 
-def test_views_repeat_and_differ() -> None:
+@pytest.mark.parametrize("augment", [AugmentConfig(pad=1), AugmentConfig(flip=True)])
+def test_views_repeat_and_differ(augment: AugmentConfig) -> None:
     rows = torch.arange(NUM)
-    stream = _stream(views=3)
+    stream = _stream(augment=augment, views=3)
     views = [stream.view(view, rows) for view in range(3)]
     for epoch in range(7):
         assert stream.view_of(epoch) == epoch % 3

@@ -155,9 +155,9 @@ def test_a_running_flow_keeps_others_out_and_locks_only_what_it_ran_with(
     flow = project.start("pbkd", "run")
     wait_until(lambda: bool(list((project.root / ".pbkd" / "progress").glob("*.jsonl"))), 120)
 
+    project.edit("patience: 40", "patience: 39")
     repro = project.run("dvc", "repro", expect=None)
     second = project.run("pbkd", "run", expect=None)
-    project.edit("patience: 40", "patience: 39")
     output = finish(flow)
 
     assert str(flow.pid) in repro
@@ -215,6 +215,8 @@ def test_a_killed_driver_leaves_no_process_and_its_rerun_trains_the_rest(
     workers = [child for child in family if child.is_running()]
     wait_until(lambda: not any(_is_alive(worker) for worker in workers), timeout_s=10)
     process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
     output = project.run(*driver)
 

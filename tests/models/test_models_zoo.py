@@ -69,6 +69,10 @@ def test_a_narrow_resnet_by_hand() -> None:
     group3 = 9 * w2 * w3 + 5 * 9 * w3 * w3 + 6 * 2 * w3 + w2 * w3 + 2 * w3
     net = build_network(_spec("resnet20", channels=1, classes=3, width=0.125))
     assert num_parameters(net) == stem + group1 + group2 + group3 + w3 * 3 + 3
+    macs = 64 * (9 * w1 + 6 * 9 * w1 * w1)
+    macs += 16 * (9 * w1 * w2 + 5 * 9 * w2 * w2 + w1 * w2)
+    macs += 4 * (9 * w2 * w3 + 5 * 9 * w3 * w3 + w2 * w3)
+    assert count_macs(net, torch.rand(1, 1, 8, 8)) == macs + w3 * 3
 
 
 @pytest.mark.parametrize(("name", "num_convs"), [("resnet20", 19), ("resnet56", 55)])
