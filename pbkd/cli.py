@@ -305,8 +305,11 @@ def _print_report(workspace: Workspace) -> None:
         stage_table,
         summary_sentence,
     )
+    from pbkd.stages.evaluate import stage_figures
 
     metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
+    # evaluate wrote its own record, and register's came, after measured.json was closed
+    measured = measured.model_copy(update={"stages": stage_figures(workspace) or measured.stages})
     _print_table(final_table(metrics, measured))
     _print_table(stage_table(measured))
     print(block_phase_sentence(measured))
@@ -317,10 +320,12 @@ def _print_report(workspace: Workspace) -> None:
         return
     receipt = read_json(workspace.results / REGISTERED)
     print(f"Registry:  {receipt['name']}, champion: version {receipt['champion'] or 'none'}")
-    print(f"           open it: mlflow server --backend-store-uri {receipt['tracking_uri']}")
+    store = receipt["tracking_uri"]
+    is_server = store.startswith("http")
+    print(f"           open it: {'' if is_server else 'mlflow server --backend-store-uri '}{store}")
     if receipt["champion"] is not None:
         uri = f"models:/{receipt['name']}@champion"
-        print(f"           load it: MLFLOW_TRACKING_URI={receipt['tracking_uri']} python -c \\")
+        print(f"           load it: MLFLOW_TRACKING_URI={store} python -c \\")
         print(f"             \"import mlflow; print(mlflow.pytorch.load_model('{uri}'))\"")
 
 

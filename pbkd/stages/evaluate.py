@@ -135,18 +135,22 @@ def _measured(context: StageContext, models: dict[str, tuple[Classifier, ModelCa
     if not kept.is_file():
         write_json(kept, {"date": _today(), "latency": _latencies(config, models)})
     entry = read_json(kept)
-    records = stage_records(workspace)
     phase = workspace.state / "block_phase.json"
     return Measured(
         machine=MachineFigures(machine_id=machine.machine_id, **asdict(machine)),
         date=entry["date"],
         latency=entry["latency"],
-        stages={
-            name: StageFigures(duration_s=record.duration_s, energy_j=record.energy_j)
-            for name, record in records.items()
-        },
+        stages=stage_figures(workspace),
         block_phase=BlockPhase.model_validate(read_json(phase)) if phase.is_file() else None,
     )
+
+
+def stage_figures(workspace: Workspace) -> dict[str, StageFigures]:
+    """Wall time and energy of every stage that this machine has a record of, as of now."""
+    return {
+        name: StageFigures(duration_s=record.duration_s, energy_j=record.energy_j)
+        for name, record in stage_records(workspace).items()
+    }
 
 
 def _latencies(
