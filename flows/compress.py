@@ -11,7 +11,8 @@ from prefect.states import Completed
 
 from flows.distill import distill, make_pool
 from flows.dvc_gate import gate, hold_pipeline
-from flows.pool import WorkerPool, whole_machine_slot
+from flows.pool import WorkerPool
+from flows.slots import whole_machine_slot
 from pbkd.artifacts import Workspace
 from pbkd.locks import workspace_lock
 from pbkd.stages import STAGES, StageContext, run_stage

@@ -17,8 +17,9 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pool import Slot, SlotPool, WorkerPool, worker_slots
+from flows.pool import SlotPool, WorkerPool
 from flows.progress import Monitor, log_figures
+from flows.slots import Slot, worker_slots
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, run_job
 from pbkd.errors import JobError

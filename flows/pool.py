@@ -18,22 +18,19 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from pbkd.errors import ConfigError, JobError, MissingExtraError, PbkdError, WorkspaceBusyError
+from flows.slots import Slot
+from flows.worker import name_of, serve
+from pbkd.errors import JobError, WorkspaceBusyError
 from pbkd.locks import file_lock
-from pbkd.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +38,9 @@ T = TypeVar("T")
 
 _POLL_S = 0.1  # how often a running job is looked at
 _WAKE_S = 0.5  # how often a waiting run looks whether the pool was closed
-_WATCHDOG_S = 0.5  # how often a child looks for its parent
 _REAP_S = 2.0  # how long a killed child may take to go
 
 _SPAWN = multiprocessing.get_context("spawn")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One place to run a job.
-
-    Attributes:
-        name: short name for logs and plans, "gpu-0" or "cpu-1".
-        device: the torch device as the job sees it, "cpu" or "cuda".
-        visible_devices: CUDA_VISIBLE_DEVICES of the job; "" hides every GPU, None leaves it.
-        threads: CPU threads for torch, OpenMP and MKL, at least 1.
-        locks: machine-wide device locks to hold while a job runs.
-    """
-
-    name: str
-    device: str
-    visible_devices: str | None
-    threads: int
-    locks: tuple[str, ...]
 
 
 class WorkerPool(Protocol):
@@ -84,111 +61,6 @@ class WorkerPool(Protocol):
     ) -> T:
         """Run one job and wait for its result; called from many threads at once."""
         ...
-
-
-def worker_slots(settings: Settings) -> list[Slot]:
-    """List the slots of this machine: one per GPU, else the usable cores in equal shares.
-
-    Raises:
-        ConfigError: a GPU is asked for and none is there.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if gpus := _usable_gpus(settings):
-        num_slots = min(settings.workers or len(gpus), len(gpus))
-        if settings.workers > len(gpus):
-            log.warning(
-                "PBKD_WORKERS=%d: there are %d GPUs and a GPU takes one worker; using %d",
-                settings.workers,
-                len(gpus),
-                num_slots,
-            )
-        threads = max(1, len(cores) // num_slots)
-        named = list(gpus.items())[:num_slots]
-        return [
-            Slot(f"gpu-{i}", "cuda", visible, threads, (f"gpu-{uuid}",))
-            for i, (visible, uuid) in enumerate(named)
-        ]
-    num_slots = settings.workers or len(cores)
-    threads = max(1, len(cores) // num_slots)
-    locks = _core_locks(cores, num_slots)
-    return [
-        Slot(f"cpu-{i}", "cpu", "", threads, tuple(locks[i * threads : (i + 1) * threads]))
-        for i in range(num_slots)
-    ]
-
-
-def whole_machine_slot(settings: Settings) -> Slot:
-    """Return the slot of a stage that is one job: the first GPU, or all usable cores.
-
-    Raises:
-        ConfigError: a GPU is asked for and none is there.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    for visible, uuid in _usable_gpus(settings).items():
-        return Slot("gpu-0", "cuda", visible, len(cores), (f"gpu-{uuid}",))
-    return Slot("cpu-all", "cpu", "", len(cores), tuple(_core_locks(cores, settings.workers)))
-
-
-def _core_locks(cores: Sequence[int], num_slots: int) -> list[str]:
-    # By core number, so that runs pinned to different cores do not wait for each other.
-    # More workers than cores are the user's wish: those beyond get a lock of their own.
-    extra = range(num_slots - len(cores))
-    return [f"cpu-{core}" for core in cores] + [f"cpu-extra-{i}" for i in extra]
-
-
-def _usable_gpus(settings: Settings) -> dict[str, str]:
-    """Map each name that fits CUDA_VISIBLE_DEVICES to its GPU's UUID; empty: use the CPU."""
-    if settings.device == "cpu":
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    uuids = _nvml_uuids(required=settings.device == "cuda")
-    gpus = _select_gpus(uuids, visible)
-    if not gpus and settings.device == "cuda":
-        raise ConfigError(
-            f"PBKD_DEVICE=cuda: got {len(uuids)} GPUs from the driver with CUDA_VISIBLE_DEVICES="
-            f"{'(unset)' if visible is None else repr(visible)}, expected at least one usable; "
-            "look at nvidia-smi, change CUDA_VISIBLE_DEVICES, or set PBKD_DEVICE=cpu"
-        )
-    return gpus
-
-
-def _nvml_uuids(*, required: bool) -> list[str]:
-    # NVML, because torch would make a CUDA context in the flow's process.
-    try:
-        import pynvml
-    except ImportError:
-        if required:
-            raise MissingExtraError("nvidia-ml-py", "pipeline", "finding GPUs") from None
-        log.warning("nvidia-ml-py is not installed: no GPU can be found, using the CPU")
-        return []
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        log.debug("no GPU driver: %s", error)
-        return []
-    try:
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _select_gpus(uuids: Sequence[str], visible: str | None) -> dict[str, str]:
-    # Entries stay as the user wrote them: CUDA and NVML may count unequal GPUs differently.
-    if visible is None:
-        return {uuid: uuid for uuid in uuids}
-    found: dict[str, str] = {}
-    for entry in map(str.strip, visible.split(",")):
-        same = [uuid for uuid in uuids if entry.startswith("GPU-") and uuid.startswith(entry)]
-        if entry.isdigit() and int(entry) < len(uuids):
-            found[entry] = uuids[int(entry)]
-        elif same:
-            found[entry] = same[0]
-        elif entry.startswith("MIG-") and uuids:
-            found[entry] = entry
-        else:
-            break  # as CUDA does: what follows a wrong entry is not visible
-    return found
 
 
 class SlotPool:
@@ -256,7 +128,7 @@ class SlotPool:
             JobError: the job crashed, hung, took too long, raised, or the pool is closed.
             PbkdError: as raised by the job, with the worker's traceback as a note.
         """
-        job = _name_of(function)
+        job = name_of(function)
         payload = _pack_call(job, function, args)
         slot = self._take_slot(priority)
         try:
@@ -393,7 +265,7 @@ class _Child:
         self.pipe, theirs = _SPAWN.Pipe()
         # Not daemonic: a daemonic process may not have children, such as a data loader's.
         self.process = _SPAWN.Process(
-            target=_serve, args=(theirs, slot, os.getpid()), name=f"pbkd {slot.name}", daemon=False
+            target=serve, args=(theirs, slot, os.getpid()), name=f"pbkd {slot.name}", daemon=False
         )
         with _sigint_blocked():
             self.process.start()
@@ -441,10 +313,6 @@ def _mtime_ns(path: Path | None) -> int | None:
         return None
 
 
-def _name_of(function: Callable[..., object]) -> str:
-    return getattr(function, "__qualname__", repr(function))
-
-
 def _pack_call(job: str, function: Callable[..., object], args: tuple[object, ...]) -> bytes:
     try:
         return pickle.dumps((function, args))
@@ -453,86 +321,3 @@ def _pack_call(job: str, function: Callable[..., object], args: tuple[object, ..
             f"job {job} cannot be sent to a worker: {error}; use a function at the top level of a "
             "module, and paths and plain values as arguments"
         ) from error
-
-
-# What follows runs in the child.
-
-
-def _serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
-    # Before anything can import torch: OpenMP and CUDA read the environment once.
-    threads = str(slot.threads)
-    os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    os.environ["MKL_DYNAMIC"] = "FALSE"  # or MKL takes fewer, at most one per physical core
-    if slot.visible_devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.visible_devices
-    # A group of its own: what a job starts can be killed with it, even after a crash.
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
-    while True:
-        try:
-            payload = pipe.recv_bytes()
-        except (EOFError, OSError):
-            return
-        pipe.send_bytes(_call(payload, slot.threads))
-
-
-def _end_with_parent(parent_pid: int) -> NoReturn:
-    # PR_SET_PDEATHSIG would not do: it follows the thread that made the child.
-    while os.getppid() == parent_pid:
-        time.sleep(_WATCHDOG_S)
-    os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
-def _call(payload: bytes, threads: int) -> bytes:
-    try:
-        function, args = pickle.loads(payload)
-        # Again for each job: __main__ may have loaded torch early, a job may have changed it.
-        if (torch := sys.modules.get("torch")) is not None:
-            torch.set_num_threads(threads)
-        return _pack_result(function, function(*args))
-    except BaseException as error:  # noqa: BLE001  sys.exit() in a job must not end the worker
-        return _pack_failure(error)
-
-
-def _pack_result(function: Callable[..., object], result: object) -> bytes:
-    try:
-        return pickle.dumps((result, None))
-    except Exception as error:
-        raise JobError(
-            f"job {_name_of(function)}: its result, of type {type(result).__name__}, cannot be "
-            f"pickled: {error}; return paths and plain values"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An exception on its way to the parent; rebuilt without __init__, whose arguments may differ.
-
-    ``kind`` is None for an exception that is not ours.
-    """
-
-    kind: type[PbkdError] | None
-    args: tuple[Any, ...]
-    state: dict[str, Any]
-    traceback: str
-
-    def error(self, job: str, slot: Slot) -> PbkdError:
-        error: PbkdError
-        if self.kind is None:
-            error = JobError(f"job {job} on slot {slot.name} failed: {self.args[0]}; see the note")
-        else:
-            error = self.kind.__new__(self.kind, *self.args)
-            vars(error).update(self.state)
-        error.add_note(f"In the process of slot {slot.name}:\n{self.traceback}")
-        return error
-
-
-def _pack_failure(error: BaseException) -> bytes:
-    trace = "".join(traceback.format_exception(error))
-    if isinstance(error, PbkdError):
-        with suppress(Exception):  # an error that holds what cannot pickle goes by its text
-            return pickle.dumps((None, _Failure(type(error), error.args, vars(error), trace)))
-    return pickle.dumps((None, _Failure(None, (f"{type(error).__name__}: {error}",), {}, trace)))

@@ -17,7 +17,8 @@ import pool_jobs
 import psutil
 import pytest
 
-from flows.pool import Slot, SlotPool, WorkerPool, whole_machine_slot, worker_slots
+from flows.pool import SlotPool, WorkerPool
+from flows.slots import Slot, whole_machine_slot, worker_slots
 from pbkd.errors import ConfigError, JobError, MissingExtraError, TrainingError
 from pbkd.settings import Settings
 
@@ -273,7 +274,8 @@ SCRIPT = """\
 import os, signal, sys, time
 from pathlib import Path
 import pool_jobs
-from flows.pool import Slot, SlotPool
+from flows.pool import SlotPool
+from flows.slots import Slot
 
 folder = Path(sys.argv[1])
 (folder / f"main-{__name__}-{os.getpid()}").touch()
@@ -486,7 +488,7 @@ def test_cuda_without_gpu_is_refused(machine: Callable[..., FakeNvml]) -> None:
 
 def test_pool_does_not_import_torch() -> None:
     code = (
-        "import sys, flows.pool as p; p.worker_slots(p.Settings()); print('torch' in sys.modules)"
+        "import sys, flows.slots as s; s.worker_slots(s.Settings()); print('torch' in sys.modules)"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run(

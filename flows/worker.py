@@ -1,0 +1,107 @@
+"""The process of a slot: it takes jobs from a pipe, and ends when its parent is gone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from flows.slots import Slot
+from pbkd.errors import JobError, PbkdError
+
+_WATCHDOG_S = 0.5  # how often a child looks for its parent
+
+
+def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
+    """Run jobs until the pipe or the parent is gone; the child's main function."""
+    # Before anything can import torch: OpenMP and CUDA read the environment once.
+    threads = str(slot.threads)
+    os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    os.environ["MKL_DYNAMIC"] = "FALSE"  # or MKL takes fewer, at most one per physical core
+    if slot.visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.visible_devices
+    # A group of its own: what a job starts can be killed with it, even after a crash.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
+    while True:
+        try:
+            payload = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        pipe.send_bytes(_call(payload, slot.threads))
+
+
+def _end_with_parent(parent_pid: int) -> NoReturn:
+    # PR_SET_PDEATHSIG would not do: it follows the thread that made the child.
+    while os.getppid() == parent_pid:
+        time.sleep(_WATCHDOG_S)
+    os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _call(payload: bytes, threads: int) -> bytes:
+    try:
+        function, args = pickle.loads(payload)
+        # Again for each job: __main__ may have loaded torch early, a job may have changed it.
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(threads)
+        return _pack_result(function, function(*args))
+    except BaseException as error:  # noqa: BLE001  sys.exit() in a job must not end the worker
+        return _pack_failure(error)
+
+
+def _pack_result(function: Callable[..., object], result: object) -> bytes:
+    try:
+        return pickle.dumps((result, None))
+    except Exception as error:
+        raise JobError(
+            f"job {name_of(function)}: its result, of type {type(result).__name__}, cannot be "
+            f"pickled: {error}; return paths and plain values"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way to the parent; rebuilt without __init__, whose arguments may differ.
+
+    ``kind`` is None for an exception that is not ours.
+    """
+
+    kind: type[PbkdError] | None
+    args: tuple[Any, ...]
+    state: dict[str, Any]
+    traceback: str
+
+    def error(self, job: str, slot: Slot) -> PbkdError:
+        error: PbkdError
+        if self.kind is None:
+            error = JobError(f"job {job} on slot {slot.name} failed: {self.args[0]}; see the note")
+        else:
+            error = self.kind.__new__(self.kind, *self.args)
+            vars(error).update(self.state)
+        error.add_note(f"In the process of slot {slot.name}:\n{self.traceback}")
+        return error
+
+
+def _pack_failure(error: BaseException) -> bytes:
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, PbkdError):
+        with suppress(Exception):  # an error that holds what cannot pickle goes by its text
+            return pickle.dumps((None, _Failure(type(error), error.args, vars(error), trace)))
+    return pickle.dumps((None, _Failure(None, (f"{type(error).__name__}: {error}",), {}, trace)))
+
+
+def name_of(function: Callable[..., object]) -> str:
+    """How messages call a job's function."""
+    return getattr(function, "__qualname__", repr(function))
