@@ -143,6 +143,10 @@ def test_one_blocks_settings_changed_trains_one_block(project: Project) -> None:
     after = trainee_results(project)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
+    phase = json.loads((project.root / ".pbkd" / "block_phase.json").read_text())
+    assert [job["trained"] for job in phase["jobs"]] == [["features.7/separable-init.random"]]
+    assert phase["speedup"] == pytest.approx(phase["jobs_s"] / phase["wall_s"])
+    assert phase["num_workers"] == 2
     states = last_flow_tasks(project, "distill")
     assert states.pop("features.7") == "Completed"
     assert set(states.values()) == {"Skipped"}

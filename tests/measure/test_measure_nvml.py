@@ -57,6 +57,9 @@ class Bindings:
     def nvmlDeviceGetName(self, gpu: Gpu) -> str:  # noqa: N802
         return "NVIDIA Test"
 
+    def nvmlDeviceGetUUID(self, gpu: Gpu) -> str:  # noqa: N802
+        return f"GPU-{self.gpus.index(gpu)}"
+
     def nvmlDeviceGetTotalEnergyConsumption(self, gpu: Gpu) -> object:  # noqa: N802
         return gpu.tell(gpu.energy_mj)
 
@@ -142,6 +145,7 @@ def test_gpus_that_tell_nothing_are_absent(monkeypatch: pytest.MonkeyPatch) -> N
     install(monkeypatch, Bindings([lost, Gpu(energy_mj=None, power_mw=None), Gpu()]))
     assert [counter.name for counter in nvml_counters()] == ["gpu-2"]
     assert [info.name for info in device_info()] == ["gpu-1", "gpu-2"]
+    assert [info.uuid for info in device_info()] == ["GPU-1", "GPU-2"]
 
 
 def test_device_info_is_in_watts(monkeypatch: pytest.MonkeyPatch) -> None:
