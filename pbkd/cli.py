@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _EXIT_ERROR = 1
 _EXIT_USAGE = 2
 _EXIT_BUG = 70
+_EXIT_INTERRUPTED = 130
+_INTERRUPT_GRACE_S = 6.0
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
 _PREFECT_ENVIRONMENT = {
@@ -281,6 +285,20 @@ def _use_prefect() -> None:
     # what went wrong is said once, by main(); Prefect would print a stack trace for it
     level = "ERROR" if _debug else "CRITICAL"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C ends Prefect's temporary server, too; Prefect would wait long for its answers.
+
+    Whatever is cut off here is safe: workers end with their parent, locks with their holder.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("interrupted; what is finished is kept", file=sys.stderr)
+    timer = threading.Timer(_INTERRUPT_GRACE_S, os._exit, (_EXIT_INTERRUPTED,))
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def _print_table(table: Table) -> None:
