@@ -22,7 +22,7 @@ from flows.progress import Monitor, log_figures
 from flows.slots import Slot, worker_slots
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, run_job
-from pbkd.errors import JobError
+from pbkd.errors import JobError, PoolClosedError
 from pbkd.locks import device_lock_dir
 from pbkd.measure import (
     EnergyMeter,
@@ -46,7 +46,7 @@ _MAX_TASKS = 4096
 def _is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     """A crashed or hung worker is; a user's mistake will not go away."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, JobError)
+    return isinstance(error, JobError) and not isinstance(error, PoolClosedError)
 
 
 @task(

@@ -29,7 +29,7 @@ from typing import Protocol, Self, TypeVar
 
 from flows.slots import Slot
 from flows.worker import name_of, serve
-from pbkd.errors import JobError, WorkspaceBusyError
+from pbkd.errors import JobError, PoolClosedError, WorkspaceBusyError
 from pbkd.locks import file_lock
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class SlotPool:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise JobError("the worker pool is closed and takes no job; start the run again")
+            raise PoolClosedError("the worker pool is closed and takes no job; start the run again")
 
     def _take_slot(self, priority: float) -> Slot:
         with self._condition:
@@ -233,7 +233,7 @@ class SlotPool:
         except (EOFError, OSError):
             duration_s = time.monotonic() - started
             if self._closed:
-                raise JobError(f"{where} was stopped: the worker pool is closed") from None
+                raise PoolClosedError(f"{where} was stopped: the worker pool is closed") from None
             raise JobError(
                 f"{where}: its process {child.process.pid} {child.end()} after {duration_s:.1f} s; "
                 "the slot gets a fresh process: run the job again (SIGKILL from outside often "
@@ -244,7 +244,7 @@ class SlotPool:
         self, where: str, running_s: float, heartbeat: Path | None, silent_s: float
     ) -> None:
         if self._closed:
-            raise JobError(f"{where} was stopped: the worker pool is closed")
+            raise PoolClosedError(f"{where} was stopped: the worker pool is closed")
         if running_s > self._job_timeout_s:
             raise JobError(
                 f"{where} was killed after {running_s:.0f} s, the limit is "

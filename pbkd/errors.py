@@ -53,6 +53,10 @@ class JobError(PbkdError):
     """A worker's job crashed, hung or failed."""
 
 
+class PoolClosedError(JobError):
+    """The worker pool is closed: the run is ending, and no job is tried again."""
+
+
 class WorkspaceBusyError(PbkdError):
     """Another process holds the workspace."""
 
