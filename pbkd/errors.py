@@ -9,6 +9,7 @@ PbkdError
 ├── ArtifactError      a file is missing, truncated or of another run
 ├── TrainingError      training went wrong (NaN, out of memory)
 ├── JobError           a worker's job crashed, hung or failed
+│   └── PoolClosedError the run is ending, no job is tried again
 ├── WorkspaceBusyError another process holds the workspace or a device
 ├── TrackingError      MLflow refused
 └── MissingExtraError  an optional library is not installed
