@@ -41,9 +41,6 @@ class Settings(BaseModel):
         None,
         description="folder of the device locks; default: in the temporary folder",
     )
-    registered_name: str = Field(
-        "", description="name in the MLflow registry; default: register.name of params.yaml"
-    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

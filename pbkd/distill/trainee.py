@@ -219,11 +219,6 @@ class Trainee:
         (folder / HISTORY).write_bytes(self.progress.read_bytes())
         write_json(folder / RESULT, self._result())
 
-    def restore_best(self) -> nn.Module:
-        """The module with its best weights, in evaluation mode."""
-        self.module.load_state_dict(self._best.state)
-        return self.module.eval()
-
     def _better(self, val_loss: float) -> None:
         if val_loss < self._best.loss * (1 - self.config.min_improvement):
             self._plateau_since = self._epoch
