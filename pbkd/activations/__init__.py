@@ -1,6 +1,6 @@
 """Block inputs and outputs as the teacher computes them: read from disk, or relayed."""
 
-from pbkd.activations.cache import CacheSource, cache_bytes, cache_key, fill_cache
+from pbkd.activations.cache import CacheSource, cache_bytes, cache_key, cache_keys, fill_cache
 from pbkd.activations.capture import Activation, Capture
 from pbkd.activations.relay import RelaySource
 from pbkd.activations.source import Source
@@ -13,5 +13,6 @@ __all__ = [
     "Source",
     "cache_bytes",
     "cache_key",
+    "cache_keys",
     "fill_cache",
 ]

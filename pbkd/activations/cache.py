@@ -68,6 +68,17 @@ def cache_views(config: ActivationsConfig) -> list[int | str]:
     return [*range(config.views), VAL]
 
 
+def cache_keys(
+    card: ModelCard, config: ActivationsConfig, seed: int, paths: list[str]
+) -> dict[tuple[str, int | str], str]:
+    """(block path, view) to key, for every view that a cache holds."""
+    return {
+        (path, view): cache_key(card, config, seed, path, view)
+        for path in paths
+        for view in cache_views(config)
+    }
+
+
 def cache_bytes(
     blocks: Iterable[BlockFacts], config: ActivationsConfig, num_train: int, num_val: int
 ) -> int:

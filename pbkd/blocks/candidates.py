@@ -17,6 +17,7 @@ from pbkd.blocks.inherit import neutral_batch_norms, pass_through, rank_one_fact
 from pbkd.blocks.swap import swap
 from pbkd.config import CandidateConfig, SeparableConfig
 from pbkd.errors import CandidateError
+from pbkd.measure import eval_mode
 
 
 def candidate_name(config: CandidateConfig) -> str:
@@ -162,12 +163,10 @@ def _inputs_of(whole: nn.Module, parts: list[Separable], x_nchw: Tensor) -> list
         part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].clone()}))
         for part in parts
     ]
-    was_training = whole.training
     try:
-        with torch.no_grad():
-            whole.eval()(x_nchw.clone())  # it may begin with an in-place operation
+        with torch.no_grad(), eval_mode(whole):
+            whole(x_nchw.clone())  # it may begin with an in-place operation
     finally:
-        whole.train(was_training)
         for hook in hooks:
             hook.remove()
     return [inputs[part] for part in parts]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pbkd.measure import eval_mode
+
 
 def rank_one_factors(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The best separable approximation of a kernel: rank 1 per input channel, by SVD.
@@ -68,11 +70,9 @@ def neutral_batch_norms(module: nn.Module, x_nchw: Tensor) -> None:
 
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(set_to_identity) for norm in norms]
-    was_training = module.training
     try:
-        with torch.no_grad():
-            module.eval()(x_nchw)
+        with torch.no_grad(), eval_mode(module):
+            module(x_nchw)
     finally:
-        module.train(was_training)
         for hook in hooks:
             hook.remove()

@@ -15,8 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pbkd.activations import CacheSource, Capture, RelaySource, Source, cache_key
-from pbkd.activations.cache import cache_views
+from pbkd.activations import CacheSource, Capture, RelaySource, Source, cache_keys
 from pbkd.artifacts import Store, load_tensors, write_json
 from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import ActivationsConfig, DistillConfig
@@ -169,11 +168,7 @@ class _Worker:
     def _source(self, paths: list[str], store: Store) -> Source:
         spec, batch_size = self.spec, self.spec.distill.batch_size
         if spec.source == "cache":
-            keys = {
-                (path, view): cache_key(self.card, spec.activations, spec.seed, path, view)
-                for path in paths
-                for view in cache_views(spec.activations)
-            }
+            keys = cache_keys(self.card, spec.activations, spec.seed, paths)
             return CacheSource(
                 store, keys, self.train_stream, len(self.val_stream), batch_size, self.device
             )

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.activations import Capture, cache_bytes, cache_key, fill_cache
-from pbkd.activations.cache import KIND, cache_views
+from pbkd.activations import Capture, cache_bytes, cache_keys, fill_cache
+from pbkd.activations.cache import KIND
 from pbkd.artifacts import Workspace, atomic_dir, link_tree, read_json, write_json
 from pbkd.blocks import Discovery
 from pbkd.config import ActivationsConfig
 from pbkd.data import Prepared, Stream, load_prepared
 from pbkd.devices import best_device
-from pbkd.models import ModelCard, load_teacher
+from pbkd.models import load_teacher
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
 
@@ -65,17 +65,6 @@ def read_settled(workspace: Workspace) -> Settled:
     return Settled.model_validate(
         read_json(workspace.artifacts("activations") / "activations.json")
     )
-
-
-def cache_keys(
-    card: ModelCard, config: ActivationsConfig, seed: int, paths: list[str]
-) -> dict[tuple[str, int | str], str]:
-    """(block path, view) to key, for every view that a cache holds."""
-    return {
-        (path, view): cache_key(card, config, seed, path, view)
-        for path in paths
-        for view in cache_views(config)
-    }
 
 
 def _fill(
