@@ -198,8 +198,9 @@ def gpu_alone(slot: Slot) -> str | None:
     A share of the cores is never alone on its processor.
     """
     own = [child.pid for child in psutil.Process().children(recursive=True)]
-    for index, gpu in enumerate(device_info()):
+    for gpu in device_info():
         if f"gpu-{gpu.uuid}" in slot.locks:
+            index = int(gpu.name.removeprefix("gpu-"))  # a lost GPU before it is not listed
             return gpu.name if device_is_shared(index, own) is False else None
     return None
 

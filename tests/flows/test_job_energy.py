@@ -32,6 +32,16 @@ def test_a_gpu_counts_unless_somebody_else_computes_there(
     assert gpu_alone(SECOND_GPU) == counter
 
 
+def test_a_lost_gpu_before_it_does_not_shift_the_question(
+    monkeypatch: pytest.MonkeyPatch, machine_pids: None
+) -> None:
+    bindings = Bindings([Gpu(), Gpu(), Gpu()])
+    bindings.gpus[0].lost = True
+    bindings.gpus[2].pids = [-9]
+    install(monkeypatch, bindings)
+    assert gpu_alone(Slot("gpu-0", "cuda", "2", 4, ("gpu-GPU-2",))) is None
+
+
 def test_a_share_of_the_cores_is_never_alone(
     monkeypatch: pytest.MonkeyPatch, machine_pids: None
 ) -> None:
