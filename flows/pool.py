@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from flows.slots import Slot
-from flows.worker import name_of, serve
+from flows.worker import RESULT, log_line, name_of, serve
 from pbkd.errors import JobError, PoolClosedError, WorkspaceBusyError
 from pbkd.locks import file_lock
 
@@ -221,7 +221,13 @@ class SlotPool:
         beat = _mtime_ns(heartbeat)
         try:
             child.pipe.send_bytes(payload)
-            while not child.pipe.poll(_POLL_S):
+            while True:
+                if child.pipe.poll(_POLL_S):
+                    kind, content = _received(child)
+                    if kind == RESULT:
+                        return content
+                    log_line(content)
+                    last_sign = time.monotonic()
                 now = time.monotonic()
                 if (seen := _mtime_ns(heartbeat)) != beat or heartbeat is None:
                     beat, last_sign = seen, now
@@ -229,7 +235,6 @@ class SlotPool:
                 # A forked grandchild can hold the pipe open, so its end is no sure sign of death.
                 if not child.process.is_alive() and not child.pipe.poll():
                     raise EOFError
-            return child.pipe.recv_bytes()
         except (EOFError, OSError):
             duration_s = time.monotonic() - started
             if self._closed:
@@ -255,6 +260,11 @@ class SlotPool:
                 f"{where} was killed: no change of {heartbeat} for {silent_s:.0f} s, the limit is "
                 f"{self._hang_timeout_s:g} s; raise PBKD_HANG_TIMEOUT_S or run the job again"
             )
+
+
+def _received(child: _Child) -> tuple[bytes, bytes]:
+    message = child.pipe.recv_bytes()
+    return message[:1], message[1:]
 
 
 class _Child:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from flows.slots import Slot
 from pbkd.errors import JobError, PbkdError
 
+RESULT, LOG = b"R", b"L"  # first byte of what a child sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
 
 
@@ -34,12 +36,37 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
+    to_parent = _LogToParent(pipe)
+    logging.getLogger("pbkd").setLevel(logging.INFO)
+    logging.getLogger("pbkd").addHandler(to_parent)
     while True:
         try:
             payload = pipe.recv_bytes()
         except (EOFError, OSError):
             return
-        pipe.send_bytes(_call(payload, slot.threads))
+        outcome = _call(payload, slot.threads)
+        with to_parent.sending:
+            pipe.send_bytes(RESULT + outcome)
+
+
+class _LogToParent(logging.Handler):
+    """Sends what the library logs through the pipe; the parent knows where to show it."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self.sending = threading.Lock()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = pickle.dumps((record.name, record.levelno, record.getMessage()))
+        with self.sending, suppress(OSError):
+            self._pipe.send_bytes(LOG + line)
+
+
+def log_line(line: bytes) -> None:
+    """Log in this process what a child logged."""
+    name, level, message = pickle.loads(line)
+    logging.getLogger(name).log(level, "%s", message)
 
 
 def _end_with_parent(parent_pid: int) -> NoReturn:

@@ -260,6 +260,10 @@ class Workspace:
     def store(self) -> Store:
         return Store(self.state / "store")
 
+    def checkpoint(self, stage: str, key: str) -> Path:
+        """File from which a stage's training goes on; the key tells trainings apart."""
+        return self.state / "checkpoints" / stage / f"{key}.pt"
+
     def artifacts(self, stage: str) -> Path:
         """Output folder of a stage."""
         return self.root / "artifacts" / stage

@@ -200,6 +200,29 @@ def register() -> None:
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the workspace; made if missing.")],
+    preset: Annotated[
+        str, typer.Option(help="digits, cifar10-vgg16, cifar10-resnet20 or image-folder.")
+    ] = "image-folder",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder, .tar.gz or .zip of images, to be tracked by DVC.")
+    ] = None,
+) -> None:
+    """Make a workspace of your own: params.yaml, dvc.yaml, git and DVC.
+
+    Example: `pbkd init flowers --preset image-folder --data ~/flowers.zip`
+    """
+    from pbkd.workspace_init import data_path, init_workspace
+
+    params = init_workspace(folder, preset, data)
+    print(f"workspace {_shown(params.parent)}: preset {preset}, images in {data_path(params)}")
+    if data is None and preset != "digits":
+        print(f"put your images into {_shown(params.parent / data_path(params))}")
+    print(f"next: cd {_shown(params.parent)}; look at params.yaml; pbkd run")
+
+
+@app.command()
 def run() -> None:
     """Run the whole pipeline as one Prefect flow, skipping what DVC knows to be up to date.
 

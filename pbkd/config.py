@@ -34,26 +34,97 @@ class AugmentConfig(Section):
 class PrepareConfig(Section):
     """Raw images to uint8 arrays with train, validation and test splits."""
 
-    source: Literal["digits"] = Field("digits", description="where the images come from")
-    size: int = Field(16, ge=8, description="height and width of the prepared images, pixels")
+    source: Literal["digits", "image_folder", "torchvision"] = Field(
+        "digits",
+        description="digits: scikit-learn's; image_folder: a folder, .tar.gz or .zip of "
+        "split/class/image or class/image; torchvision: a data set of torchvision.datasets",
+    )
+    path: str = Field(
+        "data/raw", description="the images, or a data set's files; relative to the workspace"
+    )
+    dataset: str = Field("", description="class in torchvision.datasets, such as CIFAR10")
+    arguments: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="more arguments of that class"
+    )
+    size: int | None = Field(
+        None,
+        ge=8,
+        description="height and width of the prepared images, pixels, by a centre crop; null: of "
+        "the transforms of `teacher.weights`, else as they are, if all have one size",
+    )
+    resize: int | None = Field(
+        None, ge=8, description="shorter side before the crop, pixels; null: `size`"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    channels: Literal["gray", "rgb"] | None = Field(
+        None, description="null: as torchvision or digits has them, RGB for image_folder"
+    )
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail", description="an image that cannot be decoded ends the run, or is left out by name"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="images per split at most, drawn by the seed: for a quick try"
+    )
     val_fraction: float = Field(
-        0.15, gt=0, lt=1, description="share of the training images used to choose"
+        0.15,
+        gt=0,
+        lt=1,
+        description="share of the training images used to choose, where the source has no such "
+        "split",
     )
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share of all images held back for the final figures"
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of all images held back for the final figures, where the source has "
+        "no such split",
     )
+
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> PrepareConfig:
+        if (self.source == "torchvision") != bool(self.dataset):
+            raise ValueError("`dataset` needs `source: torchvision`, and the other way round")
+        if self.arguments and not self.dataset:
+            raise ValueError("`arguments` are those of `dataset`, which is not set")
+        if self.resize is not None and (self.size is None or self.resize < self.size):
+            raise ValueError("`resize` needs a `size` that is not larger")
+        return self
 
 
 class TeacherConfig(Section):
-    """The network to compress, and how it is trained."""
+    """The network to compress, where its weights come from, and how it is trained."""
 
-    model: str = Field("vgg_small", description="name of a network in pbkd.models.zoo")
-    width: float = Field(1.0, gt=0, description="factor on the number of channels")
-    epochs: int = Field(25, ge=1, description="passes over the training split")
+    model: str = Field(
+        "vgg_small",
+        description="a network of pbkd.models.zoo, a classification model of torchvision, or "
+        "`package.module:function`, called with num_classes and in_channels",
+    )
+    width: float = Field(1.0, gt=0, description="factor on the channels of pbkd's own networks")
+    weights: str | None = Field(
+        None,
+        description="null: random; torchvision's name, such as ResNet18_Weights.IMAGENET1K_V1; or "
+        "a file of safetensors or torch.save (tensors only)",
+    )
+    head: Literal["auto", "keep", "new"] = Field(
+        "auto",
+        description="the last layer of loaded weights; auto: kept where it has the data's classes",
+    )
+    mean: tuple[float, ...] | None = Field(
+        None,
+        description="per channel, of pixels in [0, 1]; null: as the weights' transforms say, else "
+        "of the training images",
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="as `mean`")
+    epochs: int = Field(25, ge=0, description="passes over the training split; 0 needs `weights`")
     batch_size: int = Field(64, ge=2, description="images per step")
-    lr: float = Field(0.1, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd: with Nesterov momentum 0.9")
+    schedule: Literal["one_cycle", "cosine"] = Field(
+        "one_cycle", description="one_cycle: rises for a quarter of the steps; cosine: only falls"
+    )
+    lr: float = Field(0.1, gt=0, description="peak of the schedule")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty; decoupled for adamw")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share spread over all classes")
+    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
     augment: AugmentConfig = Field(
         AugmentConfig(),
         description="for the teacher's training and for every later stage that trains",
@@ -61,6 +132,16 @@ class TeacherConfig(Section):
     min_accuracy: Fraction = Field(
         0.0, description="validation accuracy below which the run stops, 0 to 1"
     )
+
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> TeacherConfig:
+        if self.epochs == 0 and self.weights is None:
+            raise ValueError("`epochs: 0` takes a trained teacher: set `weights`")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` are set together")
+        if self.mean and self.std and len(self.mean) != len(self.std):
+            raise ValueError("`mean` and `std` have a value per channel each")
+        return self
 
 
 class SeparableConfig(Section):
@@ -163,6 +244,7 @@ class FinetuneConfig(Section):
     batch_size: int = Field(64, ge=2, description="images per step")
     lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
     weight_decay: float = Field(5e-4, ge=0)
+    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
     label_weight: Fraction = Field(
         0.1, description="share of the cross-entropy with labels; the rest is distillation"
@@ -217,7 +299,7 @@ def load_params(path: Path) -> Params:
         ConfigError: names the file, the key, what was got and what is expected.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run pbkd where params.yaml lies") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -229,6 +311,20 @@ def load_params(path: Path) -> Params:
     except ValidationError as error:
         lines = [_explain(entry) for entry in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    None, None, f"key `{key.value}` stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(entry: Any) -> str:

@@ -51,7 +51,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(
 
 
 def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prepare\.zzz: unknown key; known are source, size,"):
+    with pytest.raises(ConfigError, match=r"prepare\.zzz: unknown key; known are source, path,"):
         _load(tmp_path, "prepare: {zzz: 1}")
 
 
@@ -108,6 +108,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (b"- seed\n", "got list, expected sections"),
         (b"", "got NoneType, expected sections"),
         (b"seed 1", "got str, expected sections"),
+        (b"seed: 1\nseed: 2\n", "key `seed` stands twice"),
+        (b"distill: {lr: 1, epochs: 2, lr: 3}\n", "key `lr` stands twice"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes, said: str) -> None:

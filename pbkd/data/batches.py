@@ -19,6 +19,8 @@ from pbkd.config import AugmentConfig
 from pbkd.data.prepare import Split
 from pbkd.seeding import make_generator
 
+_SHARE_OF_GPU = 0.25
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,7 +41,8 @@ class Stream:
     """Batches of one split on one device.
 
     Args:
-        split: the images; they move to the device once.
+        split: the images; they move to a GPU once if they take a small part of its free memory,
+            else batch by batch. On the CPU they stay where they are: memory-mapped.
         seed: of order and augmentation.
         augment: applied to ``epoch``; never to ``in_order``.
         views: epoch e shows view ``e mod views``; None: a new view every epoch.
@@ -63,7 +66,10 @@ class Stream:
         self.views = views
         self.chunk = chunk or len(split)
         self.device = torch.device(device)
-        self._images = torch.from_numpy(np.array(split.images)).to(self.device)
+        self._split = split
+        self._on_device = _fits(split, self.device)
+        if self._on_device:
+            self._images = torch.from_numpy(np.array(split.images)).to(self.device)
         self._labels = torch.from_numpy(split.labels).to(self.device)
 
     def __len__(self) -> int:
@@ -125,13 +131,23 @@ class Stream:
 
     def _batch(self, rows: Tensor, shifts: Tensor | None, flips: Tensor | None) -> Batch:
         on_device = rows.to(self.device)
-        images = self._images[on_device]
+        if self._on_device:
+            images = self._images[on_device]
+        else:
+            images = torch.from_numpy(self._split.images[rows.numpy()]).to(self.device)
         if shifts is not None:
             images = _crop(images, shifts[rows].to(self.device), self.augment.pad)
         if flips is not None:
             mirrored = flips[rows].to(self.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         return Batch(rows, images.float() / 255, self._labels[on_device])
+
+
+def _fits(split: Split, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return split.images.nbytes < _SHARE_OF_GPU * free_bytes
 
 
 def _crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:

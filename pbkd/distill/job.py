@@ -99,7 +99,7 @@ class _Worker:
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.device = best_device()
-        self.teacher, self.card = load_teacher(spec.teacher)
+        self.teacher, self.card = load_teacher(spec.teacher, allow_code=True)
         self.teacher.to(self.device)
         prepared = load_prepared(spec.prepared)
         self.train_stream = self._stream(prepared.split("train"))

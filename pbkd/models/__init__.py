@@ -9,8 +9,9 @@ from pbkd.models.checkpoint import (
     save_model,
 )
 from pbkd.models.inference import Predictions, predict
-from pbkd.models.training import EpochRecord, fit
-from pbkd.models.zoo import Classifier, NetworkSpec, build_network, network_names
+from pbkd.models.pretrained import Pretrained, load_pretrained, pretrained_transforms
+from pbkd.models.training import EpochRecord, Recipe, fit
+from pbkd.models.zoo import Classifier, NetworkSpec, build_network, check_network, network_names
 
 __all__ = [
     "Classifier",
@@ -18,13 +19,18 @@ __all__ = [
     "ModelCard",
     "NetworkSpec",
     "Predictions",
+    "Pretrained",
+    "Recipe",
     "build_classifier",
     "build_network",
+    "check_network",
     "fit",
+    "load_pretrained",
     "load_teacher",
     "load_weights",
     "network_names",
     "predict",
+    "pretrained_transforms",
     "read_card",
     "save_model",
 ]

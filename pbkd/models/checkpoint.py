@@ -9,9 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from pbkd.artifacts import load_tensors, read_json, save_tensors, tensors_digest, write_json
+from pbkd.artifacts import (
+    digest_of,
+    load_tensors,
+    read_json,
+    save_tensors,
+    tensors_digest,
+    write_json,
+)
 from pbkd.config import AugmentConfig, CandidateConfig
 from pbkd.errors import ArtifactError
 from pbkd.models.zoo import Classifier, NetworkSpec, build_network
@@ -30,7 +37,7 @@ class ModelCard(BaseModel):
         augment: the changes under which it was trained; later stages train under the same.
         replacements: block path to the candidate that stands there; empty for a teacher.
         data_digest: of the prepared data.
-        digest: of the weights.
+        digest: of the weights and of everything above.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,15 +53,19 @@ class ModelCard(BaseModel):
     digest: str = ""
 
 
-def build_classifier(card: ModelCard) -> Classifier:
-    """The teacher's architecture with fresh weights; replacements are not put in."""
-    return Classifier(build_network(card.network), card.mean, card.std)
+def build_classifier(card: ModelCard, *, allow_code: bool = False) -> Classifier:
+    """The teacher's architecture with fresh weights; replacements are not put in.
+
+    Args:
+        allow_code: whether a network of the user's own may be imported; see ``build_network``.
+    """
+    return Classifier(build_network(card.network, allow_code=allow_code), card.mean, card.std)
 
 
 def save_model(folder: Path, model: nn.Module, card: ModelCard) -> ModelCard:
-    """Write weights, then the card with their digest; returns that card."""
+    """Write weights, then the card with the digest of both; returns that card."""
     state = model.state_dict()
-    card = card.model_copy(update={"digest": tensors_digest(state)})
+    card = card.model_copy(update={"digest": _digest(card, state)})
     save_tensors(folder / WEIGHTS, state)
     write_json(folder / CARD, card)
     return card
@@ -77,9 +88,10 @@ def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
         ArtifactError: truncated, changed, or of another architecture.
     """
     state = load_tensors(folder / WEIGHTS)
-    if tensors_digest(state) != card.digest:
+    if _digest(card, state) != card.digest:
         raise ArtifactError(
-            f"{folder / WEIGHTS} is not the file that {CARD} describes; run its stage again"
+            f"{folder}: {WEIGHTS} and {CARD} do not belong together, or one was changed; run the "
+            "stage that writes them again"
         )
     try:
         model.load_state_dict(state)
@@ -89,9 +101,14 @@ def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
         ) from None
 
 
-def load_teacher(folder: Path) -> tuple[Classifier, ModelCard]:
+def load_teacher(folder: Path, *, allow_code: bool = False) -> tuple[Classifier, ModelCard]:
     """A teacher in evaluation mode, its parameters frozen, and its card."""
     card = read_card(folder)
-    teacher = build_classifier(card)
+    teacher = build_classifier(card, allow_code=allow_code)
     load_weights(folder, teacher, card)
     return teacher.eval().requires_grad_(False), card
+
+
+def _digest(card: ModelCard, state: dict[str, Tensor]) -> str:
+    described = card.model_dump(mode="json", exclude={"digest"})
+    return digest_of({"weights": tensors_digest(state), "card": described})

@@ -5,23 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pbkd.artifacts import atomic_path
 from pbkd.data.batches import Batch, Stream
+from pbkd.devices import enough_memory
 from pbkd.errors import TrainingError
 from pbkd.models.inference import predict
+from pbkd.seeding import derive_seed
 
 _log = logging.getLogger(__name__)
 
 _BATCH = 256
+_CHECKPOINT_EVERY_S = 10.0
 
 Loss = Callable[[Batch, Tensor], Tensor]
-"""(batch, the model's logits (B, K)) to a scalar."""
+"""(batch, the model's logits (B, K) float32) to a scalar."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the fields are those of the parameters' sections."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    mixed_precision: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,64 +57,152 @@ def fit(
     train: Stream,
     val: Stream,
     loss: Loss,
+    recipe: Recipe,
     *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
     history: Path,
+    checkpoint: Path | None = None,
 ) -> float:
-    """Train in place with SGD, Nesterov momentum and a one-cycle schedule; keep the best weights.
+    """Train in place and keep the best weights.
 
     The best weights are those with the highest validation accuracy, the first ones included; of
-    equal ones the last.
+    equal ones the last. Each epoch draws from its own seed, so that a training that goes on from a
+    checkpoint ends as one that was never stopped.
 
     Args:
-        lr: peak learning rate, at a quarter of the steps.
         history: file of JSON lines, one ``EpochRecord`` per epoch.
+        checkpoint: file to go on from, written every few seconds at the end of an epoch; its name
+            must tell trainings apart. The caller deletes it once the weights are safe.
 
     Returns:
         The validation accuracy of the weights that were kept, 0 to 1.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a batch does not fit into memory.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
-    )
-    num_steps = epochs * sum(1 for _ in train.rows(0, batch_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=lr,
-        total_steps=max(num_steps + 1, 5),  # at 4, a quarter is one step: it divides by zero
-        pct_start=0.25,
-    )
-    history.write_text("")
-    best_accuracy, best_state = predict(model, val, batch_size=_BATCH).accuracy, _copy(model)
-    for epoch in range(epochs):
-        model.train()
-        losses = []
-        for batch in train.epoch(epoch, batch_size):
-            step_loss = loss(batch, model(batch.images_nchw))
-            optimizer.zero_grad(set_to_none=True)
-            step_loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            losses.append(step_loss.detach())
+    with enough_memory(f"a batch of {recipe.batch_size} images", "lower `batch_size`"):
+        run = _Run(model, train, val, loss, recipe)
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        history.write_text(run.history)
+        saved_at = time.monotonic()
+        while run.next_epoch < recipe.epochs:
+            run.epoch()
+            history.write_text(run.history)
+            if checkpoint is not None and time.monotonic() - saved_at >= _CHECKPOINT_EVERY_S:
+                run.save(checkpoint)
+                saved_at = time.monotonic()
+        return run.finish()
+
+
+class _Run:
+    """The state of one training, whole in a checkpoint."""
+
+    def __init__(
+        self, model: nn.Module, train: Stream, val: Stream, loss: Loss, recipe: Recipe
+    ) -> None:
+        self.model, self.train, self.val = model, train, val
+        self.loss, self.recipe = loss, recipe
+        self.optimizer = _optimizer(model, recipe)
+        num_steps = recipe.epochs * sum(1 for _ in train.rows(0, recipe.batch_size))
+        self.schedule = _schedule(self.optimizer, recipe, num_steps)
+        self.next_epoch = 0
+        self.history = ""
+        self.best_accuracy = predict(model, val, batch_size=_BATCH).accuracy
+        self.best_state = _copy(model)
+
+    def epoch(self) -> None:
+        """Train through the data once, and look at the validation split."""
+        number = self.next_epoch
+        gpus = [torch.cuda.current_device()] if self.train.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # dropout draws
+            torch.manual_seed(derive_seed(self.train.seed, "fit", number))
+            self.model.train()
+            batches = self.train.epoch(number, self.recipe.batch_size)
+            losses = [self._step(batch) for batch in batches]
         train_loss = float(torch.stack(losses).mean())
         if not math.isfinite(train_loss):
             raise TrainingError(
-                f"epoch {epoch}: the training loss is {train_loss}; lower `lr` (now {lr:g})"
+                f"epoch {number}: the training loss is {train_loss}; lower `lr` "
+                f"(now {self.recipe.lr:g})"
             )
-        accuracy = predict(model, val, batch_size=_BATCH).accuracy
-        with history.open("a") as file:
-            file.write(json.dumps(asdict(EpochRecord(epoch, train_loss, accuracy))) + "\n")
-        _log.info("epoch %d: loss %.4f, accuracy %.4f", epoch, train_loss, accuracy)
-        if accuracy >= best_accuracy:
-            best_accuracy, best_state = accuracy, _copy(model)
-    model.load_state_dict(best_state)
-    model.eval()
-    return best_accuracy
+        accuracy = predict(self.model, self.val, batch_size=_BATCH).accuracy
+        self.history += json.dumps(asdict(EpochRecord(number, train_loss, accuracy))) + "\n"
+        _log.info("epoch %d: loss %.4f, accuracy %.4f", number, train_loss, accuracy)
+        if accuracy >= self.best_accuracy:
+            self.best_accuracy, self.best_state = accuracy, _copy(self.model)
+        self.next_epoch += 1
+
+    def finish(self) -> float:
+        """Put the best weights in; returns their validation accuracy."""
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return self.best_accuracy
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on, whole or not at all."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "next_epoch": self.next_epoch,
+            "history": self.history,
+            "best_accuracy": self.best_accuracy,
+            "best_state": self.best_state,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint if there is one; a damaged one is left aside."""
+        if not path.is_file():
+            return
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001  a damaged file makes torch raise anything
+            _log.warning("checkpoint %s is damaged (%s); beginning again", path, error)
+            return
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        device = next(self.model.parameters()).device
+        self.next_epoch, self.history = content["next_epoch"], content["history"]
+        self.best_accuracy = content["best_accuracy"]
+        self.best_state = {name: t.to(device) for name, t in content["best_state"].items()}
+        _log.info("going on after epoch %d", self.next_epoch - 1)
+
+    def _step(self, batch: Batch) -> Tensor:
+        device_type = batch.images_nchw.device.type
+        mixed = self.recipe.mixed_precision and device_type == "cuda"
+        with torch.autocast(device_type, torch.bfloat16, enabled=mixed):
+            step_loss = self.loss(batch, self.model(batch.images_nchw).float())
+        self.optimizer.zero_grad(set_to_none=True)
+        step_loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.schedule.step()
+        return step_loss.detach()
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    lr, weight_decay = recipe.lr, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if recipe.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(num_steps, 1))
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=recipe.lr,
+        total_steps=max(num_steps + 1, 5),  # at 4, a quarter is one step: it divides by zero
+        pct_start=0.25,
+        cycle_momentum=recipe.optimizer == "sgd",  # adamw: left at its betas
+    )
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

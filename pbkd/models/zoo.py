@@ -1,8 +1,14 @@
-"""Networks by name: the CIFAR-sized VGG and ResNet families, each with a width factor."""
+"""Networks by name: CIFAR-sized VGG and ResNet families of our own, torchvision's, and the user's.
+
+Our own have a width factor. A network of the user's is named by the function that builds it.
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import importlib
+import warnings
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,13 +20,18 @@ from pbkd.errors import TeacherError
 # Output channels of the 3x3 convolutions; "M": 2x2 max pooling (Simonyan & Zisserman, 1409.1556).
 _VGG_LAYOUTS: dict[str, tuple[int | str, ...]] = {
     "vgg_small": (32, 32, "M", 64, 64, "M", 128, 128),
-    "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
-    "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
-    "vgg16": (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3),
-    "vgg19": (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4),
+    "cifar_vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
+    "cifar_vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
+    "cifar_vgg16": (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3),
+    "cifar_vgg19": (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4),
 }
-# Residual blocks per group of the three-group CIFAR ResNets (He et al., 1512.03385, section 4.2).
-_RESNET_GROUPS = {"resnet20": 3, "resnet56": 9}
+# Channels of each group and residual blocks per group: the three-group CIFAR ResNets (He et al.,
+# 1512.03385, section 4.2), and ResNet-18's four groups behind a 3x3 stem without pooling.
+_RESNETS = {
+    "cifar_resnet20": ((16, 32, 64), 3),
+    "cifar_resnet56": ((16, 32, 64), 9),
+    "cifar_resnet18": ((64, 128, 256, 512), 2),
+}
 
 
 class NetworkSpec(BaseModel):
@@ -35,24 +46,112 @@ class NetworkSpec(BaseModel):
 
 
 def network_names() -> list[str]:
-    """Names that ``build_network`` knows."""
-    return [*_VGG_LAYOUTS, *_RESNET_GROUPS]
+    """Names of our own networks and of torchvision's classification models."""
+    return [*_VGG_LAYOUTS, *_RESNETS, *_torchvision_names()]
 
 
-def build_network(spec: NetworkSpec) -> nn.Module:
+def build_network(spec: NetworkSpec, *, allow_code: bool = False) -> nn.Module:
     """A network with fresh weights: (N, in_channels, H, W) float32 to (N, num_classes) logits.
 
+    Args:
+        allow_code: whether a name `package.module:function` may be imported and called, with the
+            keyword arguments ``num_classes`` and ``in_channels``.
+
     Raises:
-        TeacherError: unknown name.
+        TeacherError: unknown name, or the network does not take such settings.
     """
     if spec.name in _VGG_LAYOUTS:
         return Vgg(_VGG_LAYOUTS[spec.name], spec)
-    if spec.name in _RESNET_GROUPS:
-        return CifarResNet(_RESNET_GROUPS[spec.name], spec)
+    if spec.name in _RESNETS:
+        return CifarResNet(*_RESNETS[spec.name], spec)
+    if spec.width != 1:
+        raise TeacherError(
+            f"teacher.width: got {spec.width:g}; only {', '.join([*_VGG_LAYOUTS, *_RESNETS])} have "
+            f"a width factor, `{spec.name}` has none; leave it at 1"
+        )
+    if ":" in spec.name:
+        return _user_network(spec, allow_code)
+    if spec.name in _torchvision_names():
+        return _torchvision_network(spec)
     known = network_names()
     nearest = difflib.get_close_matches(spec.name, known, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(known)}"
+    own = ", ".join([*_VGG_LAYOUTS, *_RESNETS])
+    hint = (
+        f"did you mean `{nearest[0]}`?"
+        if nearest
+        else f"known are {own}, torchvision's classification models, and package.module:function"
+    )
     raise TeacherError(f"teacher.model: unknown network `{spec.name}`; {hint}")
+
+
+def check_network(net: nn.Module, spec: NetworkSpec, image_size: tuple[int, int]) -> None:
+    """Run two images through a copy of the network in training mode.
+
+    Raises:
+        TeacherError: it cannot take them, or does not give one tensor of logits.
+    """
+    shape = "x".join(map(str, (spec.in_channels, *image_size)))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            images_nchw = torch.rand(2, spec.in_channels, *image_size)
+            logits = copy.deepcopy(net).train()(images_nchw)
+    except Exception as error:  # whatever a user's network raises
+        raise TeacherError(
+            f"teacher.model: {spec.name} cannot take images of {shape}: {error}; change "
+            "prepare.size or prepare.channels, or the network"
+        ) from error
+    expected = (2, spec.num_classes)
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != expected:
+        raise TeacherError(
+            f"teacher.model: {spec.name} gives {got} in training mode for two images, expected "
+            f"one tensor of logits {expected}; take a network without auxiliary outputs"
+        )
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return models.list_models(module=models)  # type: ignore[no-any-return]
+
+
+def _torchvision_network(spec: NetworkSpec) -> nn.Module:
+    from torchvision import models
+
+    if spec.in_channels != 3:
+        raise TeacherError(
+            f"teacher.model: torchvision's {spec.name} takes 3 channels, the prepared images have "
+            f"{spec.in_channels}; set prepare.channels: rgb"
+        )
+    with warnings.catch_warnings():  # two models warn of their initialisation
+        warnings.simplefilter("ignore", FutureWarning)
+        net = models.get_model(spec.name, weights=None, num_classes=spec.num_classes)
+    assert isinstance(net, nn.Module)
+    return net
+
+
+def _user_network(spec: NetworkSpec, allow_code: bool) -> nn.Module:
+    if not allow_code:
+        raise TeacherError(
+            f"network `{spec.name}` is built by code that is not pbkd's; if you trust it, pass "
+            "allow_code=True"
+        )
+    module_name, _, function_name = spec.name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+        net = function(num_classes=spec.num_classes, in_channels=spec.in_channels)
+    except Exception as error:  # whatever a user's code raises
+        raise TeacherError(
+            f"teacher.model: {spec.name}(num_classes={spec.num_classes}, "
+            f"in_channels={spec.in_channels}): {type(error).__name__}: {error}; expected a "
+            "function of a module in the workspace, or on the Python path, that takes these two "
+            "arguments"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise TeacherError(
+            f"teacher.model: {spec.name} gives {type(net).__name__}, expected a torch.nn.Module"
+        )
+    return net
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -107,28 +206,31 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for small images: three groups of 16, 32 and 64 channels."""
+    """ResNet for small images: a 3x3 stem, then groups of residual blocks."""
 
-    def __init__(self, blocks_per_group: int, spec: NetworkSpec) -> None:
+    def __init__(
+        self, group_channels: tuple[int, ...], blocks_per_group: int, spec: NetworkSpec
+    ) -> None:
         super().__init__()
-        widths = [_scaled(channels, spec.width) for channels in (16, 32, 64)]
+        widths = [_scaled(channels, spec.width) for channels in group_channels]
         self.conv1 = nn.Conv2d(spec.in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         channels = widths[0]
-        for group, width in enumerate(widths, start=1):
+        self._groups = [f"layer{number}" for number in range(1, len(widths) + 1)]
+        for group, width in zip(self._groups, widths, strict=True):
             blocks = []
             for index in range(blocks_per_group):
-                stride = 2 if group > 1 and index == 0 else 1
+                stride = 2 if group != "layer1" and index == 0 else 1
                 blocks.append(BasicBlock(channels, width, stride))
                 channels = width
-            self.add_module(f"layer{group}", nn.Sequential(*blocks))
+            self.add_module(group, nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, spec.num_classes)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """(N, C, H, W) to (N, K) logits."""
         x = F.relu(self.bn1(self.conv1(x_nchw)))
-        for group in (1, 2, 3):
-            x = self.get_submodule(f"layer{group}")(x)
+        for group in self._groups:
+            x = self.get_submodule(group)(x)
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 

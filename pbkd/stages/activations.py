@@ -13,11 +13,12 @@ from pbkd.activations.cache import KIND
 from pbkd.artifacts import Workspace, atomic_dir, link_tree, read_json, write_json
 from pbkd.blocks import Discovery
 from pbkd.config import ActivationsConfig
-from pbkd.data import Prepared, Stream, load_prepared
+from pbkd.data import Prepared, Stream
 from pbkd.devices import best_device
-from pbkd.models import load_teacher
+from pbkd.models import Classifier, ModelCard
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
+from pbkd.stages.teacher import read_teacher
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def run(context: StageContext) -> None:
     for folder in output.glob("*/*") if output.is_dir() else ():
         workspace.store.adopt(KIND, folder)
     discovery = read_blocks(workspace)
-    prepared = load_prepared(workspace.prepared)
+    teacher, card, prepared = read_teacher(workspace)
     num = prepared.meta.num_images
     size = cache_bytes(discovery.blocks, config, num["train"], num["val"])
     source = config.source
@@ -55,7 +56,7 @@ def run(context: StageContext) -> None:
     _log.info("source %s; a cache takes %.1f MB", source, size / 1e6)
     keys: dict[tuple[str, int | str], str] = {}
     if source == "cache":
-        keys = _fill(context, discovery, prepared)
+        keys = _fill(context, discovery, teacher, card, prepared)
     settled = Settled(source=source, config=config, seed=context.params.seed, size_bytes=size)
     _write(workspace, settled, keys)
 
@@ -68,10 +69,13 @@ def read_settled(workspace: Workspace) -> Settled:
 
 
 def _fill(
-    context: StageContext, discovery: Discovery, prepared: Prepared
+    context: StageContext,
+    discovery: Discovery,
+    teacher: Classifier,
+    card: ModelCard,
+    prepared: Prepared,
 ) -> dict[tuple[str, int | str], str]:
     config, seed, device = context.params.activations, context.params.seed, best_device()
-    teacher, card = load_teacher(context.workspace.artifacts("teacher"))
     teacher.to(device)
     paths = [block.path for block in discovery.blocks]
     keys = cache_keys(card, config, seed, paths)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +50,8 @@ class StageContext:
             ConfigError: either is wrong.
         """
         params = load_params(params_path or workspace.params)
+        if str(workspace.root) not in sys.path:  # the user's own modules lie beside params.yaml
+            sys.path.insert(0, str(workspace.root))
         return cls(workspace, params, Settings.from_env())
 
 
@@ -61,6 +65,11 @@ def student_folders(workspace: Workspace, stage: str) -> list[Path]:
     if not output.is_dir():
         raise ArtifactError(f"{output} is missing; run: pbkd {stage}")
     return sorted(path for path in output.iterdir() if path.is_dir())
+
+
+def forget_checkpoints(workspace: Workspace, stage: str) -> None:
+    """Delete a stage's checkpoints, once what they led to is safe."""
+    shutil.rmtree(workspace.checkpoint(stage, "").parent, ignore_errors=True)
 
 
 class StageRecord(BaseModel):

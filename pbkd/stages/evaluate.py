@@ -29,8 +29,10 @@ from pbkd.report import (
     Measured,
     Metrics,
     ModelFigures,
+    ReportInputs,
     StageFigures,
     StudentFigures,
+    TraineeFigures,
     render,
 )
 from pbkd.stages.context import StageContext, stage_records, student_folders
@@ -45,7 +47,7 @@ def run(context: StageContext) -> None:
     """Write ``results/``: ``metrics.json``, ``measured.json`` and ``report.html``."""
     workspace = context.workspace
     folders = model_folders(workspace)
-    models = {name: load_model(folder) for name, folder in folders.items()}
+    models = {name: load_model(folder, allow_code=True) for name, folder in folders.items()}
     metrics = _metrics(context, folders, models)
     measured = _measured(context, models)
     results = workspace.results
@@ -185,24 +187,25 @@ def _today() -> str:
 
 def _report(context: StageContext, metrics: Metrics, measured: Measured) -> str:
     workspace = context.workspace
-    distilled = read_distilled(workspace)
-    network = read_card(workspace.artifacts("teacher")).network.name
     stitched = {name: read_stitched(workspace, name) for name in metrics.students}
     return render(
-        title=f"{network}, compressed",
-        metrics=metrics,
-        measured=measured,
-        choices={name: record.choices for name, record in stitched.items()},
-        candidate_damages={_name(item): item.damage for item in distilled},
-        curves={_name(item): _curve(workspace, item) for item in distilled},
-        max_damage=max(record.max_damage for record in stitched.values()),
+        ReportInputs(
+            network=read_card(workspace.artifacts("teacher")).network.name,
+            params=context.params,
+            metrics=metrics,
+            measured=measured,
+            choices={name: record.choices for name, record in stitched.items()},
+            trainees=[_trainee(workspace, item) for item in read_distilled(workspace)],
+            max_damage=max(record.max_damage for record in stitched.values()),
+        )
     )
 
 
-def _name(item: Distilled) -> str:
-    return f"{item.result.block}/{item.result.candidate}"
-
-
-def _curve(workspace: Workspace, item: Distilled) -> list[tuple[int, float]]:
+def _trainee(workspace: Workspace, item: Distilled) -> TraineeFigures:
     history = read_history(workspace.artifacts("distill") / TRAINEES / item.key / HISTORY)
-    return [(line.epoch, line.val_loss) for line in history if line.val_loss is not None]
+    return TraineeFigures(
+        block=item.result.block,
+        candidate=item.result.candidate,
+        damage=item.damage,
+        val_losses=tuple((h.epoch, h.val_loss) for h in history if h.val_loss is not None),
+    )

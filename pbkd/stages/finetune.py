@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pbkd.artifacts import atomic_dir, write_json
-from pbkd.data import Stream, load_prepared
+from pbkd.artifacts import atomic_dir, digest_of, write_json
+from pbkd.data import Stream
 from pbkd.devices import best_device
-from pbkd.models import load_teacher, save_model
-from pbkd.stages.context import StageContext, student_folders
+from pbkd.models import save_model
+from pbkd.stages.context import StageContext, forget_checkpoints, student_folders
+from pbkd.stages.teacher import read_teacher
 from pbkd.students import finetune, load_model
 
 
@@ -19,24 +20,28 @@ def run(context: StageContext) -> None:
         for source in sources:
             (folder / source.name).mkdir()
             _finetune(context, source, folder / source.name)
+    forget_checkpoints(context.workspace, "finetune")
 
 
 def _finetune(context: StageContext, source: Path, folder: Path) -> None:
-    device = best_device()
-    teacher, _ = load_teacher(context.workspace.artifacts("teacher"))
-    student, card = load_model(source)
-    prepared = load_prepared(context.workspace.prepared)
+    device, seed, config = best_device(), context.params.seed, context.params.finetune
+    teacher, teacher_card, prepared = read_teacher(context.workspace)
+    student, card = load_model(source, allow_code=True)
     train, val = (
-        Stream(prepared.split(name), seed=context.params.seed, augment=card.augment, device=device)
+        Stream(prepared.split(name), seed=seed, augment=card.augment, device=device)
         for name in ("train", "val")
+    )
+    key = digest_of(
+        {"student": card.digest, "teacher": teacher_card.digest, "config": config, "seed": seed}
     )
     accuracy = finetune(
         student.to(device),
         teacher.to(device),
         train,
         val,
-        context.params.finetune,
+        config,
         folder / "history.jsonl",
+        context.workspace.checkpoint("finetune", key),
     )
     save_model(folder, student.cpu(), card)
     write_json(folder / "finetune.json", {"val_accuracy": accuracy})

@@ -67,7 +67,7 @@ def _candidates(workspace: Workspace, metrics: Metrics) -> list[Candidate]:
     entries = {"teacher": metrics.teacher, **metrics.students}
     candidates = []
     for name, folder in model_folders(workspace).items():
-        model, card = load_model(folder)
+        model, card = load_model(folder, allow_code=True)
         figures = {key: float(value) for key, value in entries[name].model_dump().items()}
         figures["teacher_val_accuracy"] = metrics.teacher.val_accuracy
         candidates.append(

@@ -13,6 +13,6 @@ def run(context: StageContext) -> None:
     sources = student_folders(context.workspace, "finetune")
     with atomic_dir(context.workspace.artifacts("shrink")) as folder:
         for source in sources:
-            model, card = load_model(source)
+            model, card = load_model(source, allow_code=True)
             save_model(folder / source.name, model, card)
             write_json(folder / source.name / "shrink.json", {"steps": []})

@@ -9,14 +9,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pbkd.artifacts import Workspace, atomic_dir, load_tensors, read_json, write_json
-from pbkd.data import Stream, load_prepared
+from pbkd.data import Stream
 from pbkd.devices import best_device
 from pbkd.distill import TRAINEES
 from pbkd.distill.trainee import WEIGHTS
-from pbkd.models import load_teacher, predict, save_model
+from pbkd.models import predict, save_model
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
 from pbkd.stages.distill import read_distilled
+from pbkd.stages.teacher import read_teacher
 from pbkd.students import Choice, choose, recalibrate, stitch
 
 _log = logging.getLogger(__name__)
@@ -74,10 +75,9 @@ def _write_student(
     folder: Path,
 ) -> None:
     device = best_device()
-    teacher, card = load_teacher(context.workspace.artifacts("teacher"))
+    teacher, card, prepared = read_teacher(context.workspace)
     replacements = {choice.block: choice.config for choice in choices if choice.config is not None}
     student = stitch(teacher, replacements, weights).to(device)
-    prepared = load_prepared(context.workspace.prepared)
     train, val = (
         Stream(prepared.split(name), seed=context.params.seed, augment=card.augment, device=device)
         for name in ("train", "val")

@@ -1,4 +1,4 @@
-"""Stage `teacher`: train the network that is to be compressed, and check that it is good enough."""
+"""Stage `teacher`: load or train the network to compress, and check that it is good enough."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from pbkd.artifacts import atomic_dir, write_json
+from pbkd.artifacts import Workspace, atomic_dir, digest_of, tensors_digest, write_json
 from pbkd.config import TeacherConfig
 from pbkd.data import Prepared, Stream, load_prepared
 from pbkd.devices import best_device
-from pbkd.errors import TeacherError
+from pbkd.errors import ArtifactError, TeacherError
 from pbkd.models import (
     Classifier,
     ModelCard,
     NetworkSpec,
-    build_classifier,
+    Pretrained,
+    Recipe,
+    build_network,
+    check_network,
     fit,
+    load_pretrained,
+    load_teacher,
+    pretrained_transforms,
     save_model,
 )
 from pbkd.seeding import derive_seed
-from pbkd.stages.context import StageContext
+from pbkd.stages.context import StageContext, forget_checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -31,29 +37,67 @@ def run(context: StageContext) -> None:
     """Write ``artifacts/teacher/``: model, history, validation accuracy.
 
     Raises:
-        TeacherError: unknown network, or a validation accuracy below ``teacher.min_accuracy``.
+        TeacherError: the network or its weights cannot be had, or the validation accuracy is below
+            ``teacher.min_accuracy``.
     """
-    config, seed = context.params.teacher, context.params.seed
+    config = context.params.teacher
     prepared = load_prepared(context.workspace.prepared)
-    card = teacher_card(config, prepared)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "teacher"))
-        teacher = build_classifier(card)
+    teacher, card = _build(context, prepared)
     with atomic_dir(context.workspace.artifacts("teacher")) as folder:
-        accuracy = _train(teacher, prepared, config, seed, folder / "history.jsonl")
+        accuracy = _train(context, teacher, card, prepared, folder / "history.jsonl")
         if accuracy < config.min_accuracy:
             raise TeacherError(
                 f"teacher {config.model}: validation accuracy {accuracy:.4f}, expected at least "
                 f"{config.min_accuracy:g} (teacher.min_accuracy); train longer or lower the floor"
             )
         save_model(folder, teacher.cpu(), card)
-        write_json(folder / "teacher.json", {"val_accuracy": accuracy})
+        write_json(folder / "teacher.json", {"val_accuracy": accuracy, "weights": config.weights})
+    forget_checkpoints(context.workspace, "teacher")
     _log.info("teacher %s: validation accuracy %.4f", config.model, accuracy)
 
 
-def teacher_card(config: TeacherConfig, prepared: Prepared) -> ModelCard:
-    """The card of the teacher that these parameters give for this data."""
+def read_teacher(workspace: Workspace) -> tuple[Classifier, ModelCard, Prepared]:
+    """The teacher, frozen and in evaluation mode, its card, and the data that it belongs to.
+
+    Raises:
+        ArtifactError: the teacher is missing, damaged, or was trained on other data.
+    """
+    prepared = load_prepared(workspace.prepared)
+    teacher, card = load_teacher(workspace.artifacts("teacher"), allow_code=True)
+    if card.class_names != prepared.meta.class_names:
+        raise ArtifactError(
+            f"the teacher was trained for the classes {_few(card.class_names)}, the data has "
+            f"{_few(prepared.meta.class_names)}; run: pbkd teacher"
+        )
+    if card.data_digest != prepared.meta.digest:
+        raise ArtifactError(
+            f"the teacher was trained on other data than {prepared.folder} holds now; run: "
+            "pbkd teacher"
+        )
+    return teacher, card, prepared
+
+
+def teacher_card(
+    config: TeacherConfig, prepared: Prepared, loaded: Pretrained | None = None
+) -> ModelCard:
+    """The card of the teacher that these parameters give for this data.
+
+    Raises:
+        TeacherError: the normalisation does not fit the images' channels.
+    """
     channels, height, width = prepared.image_shape
+    transforms = pretrained_transforms(config.weights)
+    mean, std = config.mean, config.std
+    if mean is None and loaded is not None:
+        mean, std = loaded.mean, loaded.std
+    if mean is None and transforms is not None:
+        mean, std = transforms.mean, transforms.std
+    mean, std = mean or prepared.meta.mean, std or prepared.meta.std
+    if len(mean) != channels or len(std) != channels:
+        raise TeacherError(
+            f"teacher.mean: got {len(mean)} values, the images have {channels} channels; give one "
+            "per channel, or change prepare.channels"
+        )
     return ModelCard(
         network=NetworkSpec(
             name=config.model,
@@ -61,8 +105,8 @@ def teacher_card(config: TeacherConfig, prepared: Prepared) -> ModelCard:
             in_channels=channels,
             width=config.width,
         ),
-        mean=prepared.meta.mean,
-        std=prepared.meta.std,
+        mean=mean,
+        std=std,
         image_size=(height, width),
         class_names=prepared.meta.class_names,
         augment=config.augment,
@@ -70,24 +114,52 @@ def teacher_card(config: TeacherConfig, prepared: Prepared) -> ModelCard:
     )
 
 
+def _build(context: StageContext, prepared: Prepared) -> tuple[Classifier, ModelCard]:
+    """The untrained, or loaded, teacher; all that can be wrong with it is found here."""
+    config = context.params.teacher
+    spec = teacher_card(config, prepared).network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(context.params.seed, "teacher"))
+        net = build_network(spec, allow_code=True)
+    loaded = None
+    if config.weights is not None:
+        loaded = load_pretrained(net, config, prepared.meta.class_names, context.workspace.root)
+    card = teacher_card(config, prepared, loaded)
+    check_network(net, spec, card.image_size)
+    return Classifier(net, card.mean, card.std), card
+
+
 def _train(
-    teacher: Classifier, prepared: Prepared, config: TeacherConfig, seed: int, history: Path
+    context: StageContext, teacher: Classifier, card: ModelCard, prepared: Prepared, history: Path
 ) -> float:
-    device = best_device()
+    config, seed, device = context.params.teacher, context.params.seed, best_device()
+    initial = tensors_digest(teacher.state_dict())
+    key = digest_of({"initial": initial, "card": card, "config": config, "seed": seed})
     teacher.to(device)
     train, val = (
         Stream(prepared.split(name), seed=seed, augment=config.augment, device=device)
         for name in ("train", "val")
     )
     smoothing = config.label_smoothing
+    recipe = Recipe(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        mixed_precision=config.mixed_precision,
+    )
     return fit(
         teacher,
         train,
         val,
         lambda batch, logits: F.cross_entropy(logits, batch.labels_n, label_smoothing=smoothing),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
+        recipe,
         history=history,
+        checkpoint=context.workspace.checkpoint("teacher", key),
     )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -32,16 +32,20 @@ def stitch(
     return student
 
 
-def load_model(folder: Path) -> tuple[Classifier, ModelCard]:
+def load_model(folder: Path, *, allow_code: bool = False) -> tuple[Classifier, ModelCard]:
     """A teacher or student from ``model.json`` and ``model.safetensors``, in evaluation mode.
 
     Takes (N, C, H, W) float32 in [0, 1]; no code is executed that the files bring.
 
+    Args:
+        allow_code: whether the function that builds a network of the user's own may be imported.
+
     Raises:
         ArtifactError: a file is missing, truncated or of another architecture.
+        TeacherError: the network is the user's own, and ``allow_code`` is not set.
     """
     card = read_card(folder)
-    model = build_classifier(card)
+    model = build_classifier(card, allow_code=allow_code)
     swap(model.net, _build(model.net, card.replacements))
     load_weights(folder, model, card)
     return model.eval(), card

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pbkd.config import FinetuneConfig
 from pbkd.data.batches import Batch, Stream
 from pbkd.distill import distillation_loss
-from pbkd.models import Classifier, fit
+from pbkd.models import Classifier, Recipe, fit
 
 
 def finetune(
@@ -21,11 +21,13 @@ def finetune(
     val: Stream,
     config: FinetuneConfig,
     history: Path,
+    checkpoint: Path | None = None,
 ) -> float:
     """Train the student in place; it ends with the weights of the best validation accuracy.
 
     Args:
         history: file of JSON lines, one per epoch.
+        checkpoint: file to go on from; see ``fit``.
 
     Returns:
         That validation accuracy, 0 to 1.
@@ -42,14 +44,11 @@ def finetune(
         hard = F.cross_entropy(logits_nk, batch.labels_n)
         return (1 - config.label_weight) * soft + config.label_weight * hard
 
-    return fit(
-        student,
-        train,
-        val,
-        loss,
+    recipe = Recipe(
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=config.lr,
         weight_decay=config.weight_decay,
-        history=history,
+        mixed_precision=config.mixed_precision,
     )
+    return fit(student, train, val, loss, recipe, history=history, checkpoint=checkpoint)

@@ -10,12 +10,17 @@ import pytest
 
 from pbkd.artifacts import file_digest
 from pbkd.config import PrepareConfig
-from pbkd.data import Prepared, load_prepared, prepare
+from pbkd.data import Prepared, load_prepared
+from pbkd.data import prepare as prepare_from
 from pbkd.data.prepare import SPLITS
-from pbkd.data.sources import load_digits
+from pbkd.data.sources import DigitsSource
 from pbkd.errors import ArtifactError, DataError
 
 CONFIG = PrepareConfig(size=8)
+
+
+def prepare(config: PrepareConfig, seed: int, folder: Path) -> Prepared:
+    return prepare_from(config, seed, folder, folder.parent, folder.parent / "downloads")
 
 
 @pytest.fixture
@@ -32,11 +37,13 @@ def _images(prepared: Prepared) -> Counter[tuple[bytes, int]]:
 
 
 def test_splits_hold_every_image_with_its_label_once(prepared: Prepared) -> None:
-    raw = load_digits(8)
+    source = DigitsSource()
+    labels = source.listing.labels
     expected = Counter(
-        (image.tobytes(), int(label)) for image, label in zip(raw.images, raw.labels, strict=True)
+        (opener().tobytes(), int(labels[index]))
+        for index, opener in source.images(np.ones(len(labels), bool))
     )
-    assert len(raw.labels) == 1797
+    assert len(labels) == 1797
     assert _images(prepared) == expected
 
 

@@ -20,6 +20,7 @@ from pbkd.models import (
     NetworkSpec,
     build_classifier,
     load_teacher,
+    load_weights,
     read_card,
     save_model,
 )
@@ -55,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["vgg_small", "resnet20"])
+@pytest.mark.parametrize("name", ["vgg_small", "cifar_resnet20"])
 def test_a_model_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     card = CARD.model_copy(update={"network": CARD.network.model_copy(update={"name": name})})
     model = _model(card)
@@ -75,10 +76,21 @@ def test_a_loaded_teacher_is_frozen_and_in_evaluation_mode(saved: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_the_digest_is_of_the_weights(tmp_path: Path, saved: Path) -> None:
+def test_weights_that_a_changed_network_does_not_take_are_refused(saved: Path) -> None:
+    card = read_card(saved)
+    other = _model(
+        CARD.model_copy(update={"network": CARD.network.model_copy(update={"width": 0.2})})
+    )
+    with pytest.raises(ArtifactError, match="does not fit network"):
+        load_weights(saved, other, card)
+
+
+def test_the_digest_is_of_the_weights_and_the_card(tmp_path: Path, saved: Path) -> None:
     digest = read_card(saved).digest
     assert save_model(tmp_path / "same", _model(), CARD).digest == digest
     assert save_model(tmp_path / "other", _model(seed=1), CARD).digest != digest
+    renamed = CARD.model_copy(update={"class_names": CARD.class_names[::-1]})
+    assert save_model(tmp_path / "renamed", _model(), renamed).digest != digest
 
 
 @pytest.mark.parametrize("kept", [0, 6, 300, -1])
@@ -94,14 +106,14 @@ def test_a_changed_weight_is_refused(saved: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"not the file that model\.json describes"):
+    with pytest.raises(ArtifactError, match="do not belong together"):
         load_teacher(saved)
 
 
 def test_the_weights_of_another_model_are_refused(tmp_path: Path, saved: Path) -> None:
     save_model(tmp_path / "other", _model(seed=1), CARD)
     shutil.copy(tmp_path / "other" / "model.safetensors", saved)
-    with pytest.raises(ArtifactError, match=r"not the file that model\.json describes"):
+    with pytest.raises(ArtifactError, match="do not belong together"):
         load_teacher(saved)
 
 
@@ -116,11 +128,12 @@ def test_missing_files_are_named(saved: Path) -> None:
 
 Edit = Callable[[dict[str, Any]], object]
 UNFIT: dict[str, Edit] = {
-    "other architecture": lambda card: card["network"].update(name="resnet20"),
+    "other architecture": lambda card: card["network"].update(name="cifar_resnet20"),
     "other width": lambda card: card["network"].update(width=0.2),
     "other classes": lambda card: card["network"].update(num_classes=4),
     "other channels": lambda card: card["network"].update(in_channels=2),
     "other normalisation": lambda card: card.update(mean=[0.1, 0.2, 0.3]),
+    "other class names": lambda card: card["class_names"].reverse(),
 }
 UNREADABLE: dict[str, Edit] = {
     "unknown key": lambda card: card.update(extra=1),
@@ -139,7 +152,7 @@ def _edit(folder: Path, edit: Edit) -> None:
 @pytest.mark.parametrize("edit", UNFIT.values(), ids=UNFIT)
 def test_weights_that_do_not_fit_an_edited_card_are_refused(saved: Path, edit: Edit) -> None:
     _edit(saved, edit)
-    with pytest.raises(ArtifactError, match="does not fit network"):
+    with pytest.raises(ArtifactError, match="do not belong together"):
         load_teacher(saved)
 
 
@@ -152,5 +165,5 @@ def test_a_card_that_cannot_be_read_is_refused(saved: Path, edit: Edit) -> None:
 
 def test_an_edited_digest_is_refused(saved: Path) -> None:
     _edit(saved, lambda card: card.update(digest="0" * 32))
-    with pytest.raises(ArtifactError, match=r"not the file that model\.json describes"):
+    with pytest.raises(ArtifactError, match="do not belong together"):
         load_teacher(saved)

@@ -15,7 +15,7 @@ from pbkd.config import AugmentConfig
 from pbkd.data import Batch, Split, Stream
 from pbkd.errors import TrainingError
 from pbkd.models import fit, predict
-from pbkd.models.training import Loss
+from pbkd.models.training import Loss, Recipe
 from pbkd.testing import random_split
 
 NUM = 24
@@ -63,10 +63,7 @@ def _fit(
         _stream(),
         _stream(seed=1),
         loss,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=0.0,
+        Recipe(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.0),
         history=history,
     )
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from pbkd.errors import TeacherError
 from pbkd.measure import count_macs, num_parameters
-from pbkd.models import Classifier, NetworkSpec, build_network, network_names
-from pbkd.models.zoo import BasicBlock, CifarResNet
+from pbkd.models import Classifier, NetworkSpec, build_network, check_network, network_names
+from pbkd.models.zoo import _RESNETS, _VGG_LAYOUTS, BasicBlock, CifarResNet
 
 
 def _spec(name: str, *, channels: int = 3, classes: int = 10, width: float = 1.0) -> NetworkSpec:
@@ -26,16 +26,16 @@ def test_resnet20_has_the_known_number_of_parameters() -> None:
     # 269,722 with shortcuts free of parameters, and two projections with their batch norms
     expected = 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
     assert expected == 272_474
-    assert num_parameters(build_network(_spec("resnet20"))) == expected
+    assert num_parameters(build_network(_spec("cifar_resnet20"))) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "num_convs", "parameters"),
     [
-        ("vgg11", 8, 9_217_728),
-        ("vgg13", 10, 9_402_048),
-        ("vgg16", 13, 14_710_464),
-        ("vgg19", 16, 20_018_880),
+        ("cifar_vgg11", 8, 9_217_728),
+        ("cifar_vgg13", 10, 9_402_048),
+        ("cifar_vgg16", 13, 14_710_464),
+        ("cifar_vgg19", 16, 20_018_880),
     ],
 )
 def test_vgg_convolutions_have_the_known_number_of_parameters(
@@ -67,7 +67,7 @@ def test_a_narrow_resnet_by_hand() -> None:
     group1 = 6 * (9 * w1 * w1 + 2 * w1)
     group2 = 9 * w1 * w2 + 5 * 9 * w2 * w2 + 6 * 2 * w2 + w1 * w2 + 2 * w2
     group3 = 9 * w2 * w3 + 5 * 9 * w3 * w3 + 6 * 2 * w3 + w2 * w3 + 2 * w3
-    net = build_network(_spec("resnet20", channels=1, classes=3, width=0.125))
+    net = build_network(_spec("cifar_resnet20", channels=1, classes=3, width=0.125))
     assert num_parameters(net) == stem + group1 + group2 + group3 + w3 * 3 + 3
     macs = 64 * (9 * w1 + 6 * 9 * w1 * w1)
     macs += 16 * (9 * w1 * w2 + 5 * 9 * w2 * w2 + w1 * w2)
@@ -75,7 +75,7 @@ def test_a_narrow_resnet_by_hand() -> None:
     assert count_macs(net, torch.rand(1, 1, 8, 8)) == macs + w3 * 3
 
 
-@pytest.mark.parametrize(("name", "num_convs"), [("resnet20", 19), ("resnet56", 55)])
+@pytest.mark.parametrize(("name", "num_convs"), [("cifar_resnet20", 19), ("cifar_resnet56", 55)])
 def test_a_resnet_is_as_deep_as_its_name_says(name: str, num_convs: int) -> None:
     net = build_network(_spec(name, width=0.1))
     assert isinstance(net, CifarResNet)
@@ -89,18 +89,98 @@ def test_a_width_never_leaves_a_layer_without_channels() -> None:
     assert {m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)} == {1}
 
 
-@pytest.mark.parametrize("name", network_names())
-def test_every_network_gives_logits(name: str) -> None:
+@pytest.mark.parametrize("name", [*_VGG_LAYOUTS, *_RESNETS])
+def test_every_network_of_our_own_gives_logits(name: str) -> None:
+    assert name in network_names()
     net = build_network(_spec(name, channels=2, classes=5, width=0.05)).eval()
     assert net(torch.rand(2, 2, 32, 32)).shape == (2, 5)
+
+
+def test_the_cifar_resnet18_has_the_parameters_of_resnet18_with_a_small_stem() -> None:
+    net = build_network(_spec("cifar_resnet18"))
+    theirs = build_network(_spec("resnet18"))
+    assert num_parameters(net) == num_parameters(theirs) - (7 * 7 - 3 * 3) * 3 * 64
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vgg11"])
+def test_torchvisions_networks_are_known_by_their_names(name: str) -> None:
+    net = build_network(_spec(name, classes=7)).eval()
+    assert type(net).__module__.startswith("torchvision.models")
+    with torch.no_grad():
+        assert net(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_torchvisions_networks_take_three_channels() -> None:
+    with pytest.raises(TeacherError, match=r"takes 3 channels, .* have 1; set prepare\.channels"):
+        build_network(_spec("resnet18", channels=1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tests.models.own_networks:small"])
+def test_only_our_own_networks_have_a_width(name: str) -> None:
+    with pytest.raises(TeacherError, match=r"teacher\.width: got 0\.5; only vgg_small, "):
+        build_network(_spec(name, width=0.5), allow_code=True)
+
+
+def test_a_function_of_the_users_builds_a_network() -> None:
+    net = build_network(_spec("tests.models.own_networks:small", channels=2), allow_code=True)
+    assert net(torch.rand(3, 2, 8, 8)).shape == (3, 10)
+
+
+def test_a_function_is_not_called_unless_code_is_allowed() -> None:
+    with pytest.raises(TeacherError, match="not pbkd's; if you trust it, pass allow_code=True"):
+        build_network(_spec("tests.models.own_networks:boom"))
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("resnet2O", "did you mean `resnet20`"),
+        ("no_such_module:build", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("tests.models.own_networks:nothing", "AttributeError: .*'nothing'"),
+        ("tests.models.own_networks:boom", "ZeroDivisionError: boom"),
+        ("tests.models.own_networks:no_arguments", "TypeError: .*num_classes"),
+        ("tests.models.own_networks:no_module", "gives int, expected a torch.nn.Module"),
+    ],
+)
+def test_a_function_that_builds_nothing_is_told(name: str, said: str) -> None:
+    with pytest.raises(TeacherError, match=said):
+        build_network(_spec(name), allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("googlenet", (64, 64), "gives GoogLeNetOutputs in training mode"),
+        ("inception_v3", (32, 32), "cannot take images of 3x32x32: "),
+        ("tests.models.own_networks:two_outputs", (8, 8), "gives tuple in training mode"),
+        ("tests.models.own_networks:eleven", (8, 8), r"gives \(2, 11\) in training mode"),
+    ],
+)
+def test_a_network_must_give_one_tensor_of_logits(
+    name: str, size: tuple[int, int], said: str
+) -> None:
+    spec = _spec(name)
+    net = build_network(spec, allow_code=True)
+    with pytest.raises(TeacherError, match=said):
+        check_network(net, spec, size)
+
+
+def test_a_check_leaves_the_network_as_it_was() -> None:
+    spec = _spec("vgg_small", width=0.1)
+    net = build_network(spec).eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.random.get_rng_state()
+    check_network(net, spec, (8, 8))
+    assert not net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cifar_resnet2O", "did you mean `cifar_resnet20`"),
         ("vgg-16", "did you mean `vgg16`"),
-        ("alexnet", "known are vgg_small, vgg11"),
+        ("transformer-xxl", "known are vgg_small, cifar_vgg11"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, said: str) -> None:

@@ -17,7 +17,7 @@ from pbkd.students import load_model, stitch
 
 CANDIDATES = {
     "vgg_small": {"features.3": SeparableConfig(), "features.10": SeparableConfig(depth=2)},
-    "resnet20": {
+    "cifar_resnet20": {
         "layer1.0": SeparableConfig(batch_norm=True),  # a whole residual block
         "layer2.0": SeparableConfig(depth=2, batch_norm=True),  # one with a projection
         "layer3.1.conv1": SeparableConfig(),
@@ -109,7 +109,7 @@ def test_a_saved_student_loads_with_equal_logits(network, x, tmp_path):
 
 
 def test_a_whole_residual_candidate_starts_as_the_teachers_function_where_kernels_are_separable(x):
-    card = card_of("resnet20")
+    card = card_of("cifar_resnet20")
     teacher = teacher_of(card, x)
     path, config = "layer1.0", SeparableConfig()
     block = teacher.net.get_submodule(path)

@@ -28,7 +28,9 @@ def train() -> Stream:
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    net = build_network(NetworkSpec(name="resnet20", num_classes=4, in_channels=3, width=0.25))
+    net = build_network(
+        NetworkSpec(name="cifar_resnet20", num_classes=4, in_channels=3, width=0.25)
+    )
     net(torch.rand(4, 3, 8, 8))  # statistics of a life before
     return net.eval()
 

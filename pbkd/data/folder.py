@@ -1,0 +1,187 @@
+"""The source `image_folder`: a folder, or an archive that is read without being extracted.
+
+Names out of an archive never reach the file system, so nothing can be written outside of a folder;
+members are read one at a time, and their sizes are limited.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pbkd.data.layout import EXTENSIONS, is_image, read_layout
+from pbkd.data.sources import ImageSource, Opener
+from pbkd.errors import DataError
+
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_FORMATS = tuple(set(EXTENSIONS.values()))
+MAX_MEMBER_BYTES = 512 * 2**20
+MAX_RATIO = 1000
+_RATIO_COUNTS_FROM = 2**30  # a small archive may well be mostly zeros
+
+
+def open_folder(path: Path) -> ImageSource:
+    """The source at a path.
+
+    Raises:
+        DataError: nothing is there, it is no archive, or it holds no labelled images.
+    """
+    if path.is_dir():
+        content = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        archives = [entry for entry in content if entry.is_file() and _is_archive(entry)]
+        if len(archives) == 1 and not any(entry.is_dir() for entry in content):
+            return open_folder(archives[0])
+        return FolderSource(path)
+    if not path.exists():
+        raise DataError(
+            f"prepare.path: {path} does not exist; expected a folder, .tar.gz or .zip of images"
+        )
+    if path.name.lower().endswith(_TAR_ENDINGS):
+        return TarSource(path)
+    if path.suffix.lower() == ".zip":
+        return ZipSource(path)
+    raise DataError(f"prepare.path: {path} is neither a folder nor a .tar.gz or .zip file")
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith((*_TAR_ENDINGS, ".zip"))
+
+
+def _decode(content: bytes | Path) -> Image.Image:
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    with Image.open(file, formats=_FORMATS) as image:
+        image.load()
+        return image
+
+
+class FolderSource:
+    """Images in a folder; links are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        files: list[str] = []
+        folders: list[str] = []
+        seen: set[str] = set()
+        for here, below, names in os.walk(path, followlinks=True):
+            real = os.path.realpath(here)
+            if real in seen:  # a link to a folder above
+                below.clear()
+                continue
+            seen.add(real)
+            relative = Path(here).relative_to(path)
+            folders += [(relative / name).as_posix() for name in below]
+            files += [(relative / name).as_posix() for name in names]
+        images = sorted(filter(is_image, files))
+        self.listing = read_layout(images, folders, str(path))
+
+    def images(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Opener]]:
+        """Index and opener of each wanted image."""
+        for index in np.flatnonzero(wanted).tolist():
+            yield index, partial(_decode, self._path / self.listing.names[index])
+
+
+class TarSource:
+    """Images in a .tar, .tar.gz, .tar.bz2 or .tar.xz; read from beginning to end, twice."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        limits = _Limits(path)
+        images, folders = [], []
+        with _readable(path), tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isdir():
+                    folders.append(_checked(member.name, path))
+                elif member.isfile() and is_image(member.name):
+                    limits.count(member.name, member.size)
+                    images.append(_checked(member.name, path))
+        self.listing = read_layout(images, folders, str(path))
+
+    def images(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Opener]]:
+        """Index and opener of each wanted image."""
+        index = -1
+        with _readable(self._path), tarfile.open(self._path, "r|*") as archive:
+            for member in archive:
+                if not (member.isfile() and is_image(member.name)):
+                    continue
+                index += 1
+                if wanted[index] and (file := archive.extractfile(member)) is not None:
+                    yield index, partial(_decode, file.read())
+
+
+class ZipSource:
+    """Images in a .zip."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        limits = _Limits(path)
+        images, folders = [], []
+        with _readable(path), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.is_dir():
+                    folders.append(_checked(member.filename, path))
+                elif is_image(member.filename):
+                    limits.count(member.filename, member.file_size)
+                    images.append(_checked(member.filename, path))
+        self.listing = read_layout(images, folders, str(path))
+
+    def images(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Opener]]:
+        """Index and opener of each wanted image."""
+        with _readable(self._path), zipfile.ZipFile(self._path) as archive:
+            for index in np.flatnonzero(wanted).tolist():
+                yield index, partial(_decode, archive.read(self.listing.names[index]))
+
+
+class _Limits:
+    """Refuses archives that unpack to absurd sizes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._packed = path.stat().st_size
+        self._unpacked = 0
+
+    def count(self, name: str, size_bytes: int) -> None:
+        self._unpacked += size_bytes
+        if size_bytes > MAX_MEMBER_BYTES:
+            raise DataError(
+                f"{self._path}: {name} unpacks to {size_bytes:,} bytes, at most "
+                f"{MAX_MEMBER_BYTES:,} are read; is it an image?"
+            )
+        if self._unpacked > max(_RATIO_COUNTS_FROM, MAX_RATIO * self._packed):
+            raise DataError(
+                f"{self._path}: {self._packed:,} bytes unpack to more than {MAX_RATIO} times as "
+                "many; this is no archive of images; give a folder instead"
+            )
+
+
+def _checked(name: str, path: Path) -> str:
+    """A member's name, if it stays below the archive's own folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise DataError(
+            f"{path}: member `{name}` points outside of the archive; expected relative paths like "
+            "train/cat/1.jpg; make the archive anew"
+        )
+    return name
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+        raise DataError(
+            f"{path} is not a whole archive ({error}); copy it again, or give a folder"
+        ) from error
+    except RuntimeError as error:  # zipfile's for passwords
+        raise DataError(f"{path} cannot be read: {error}; give an archive without one") from error

@@ -1,0 +1,1 @@
+"""Parameters to start from, and the files of a workspace; data of the package, no code."""

@@ -1,0 +1,172 @@
+"""``pbkd init``: a workspace of one's own, with git and DVC set up and the images tracked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from pbkd.config import load_params
+from pbkd.errors import ArtifactError, ConfigError, DataError, MissingExtraError
+
+PRESETS = ("digits", "cifar10-vgg16", "cifar10-resnet20", "image-folder")
+
+_GIT_IGNORE = """\
+/.pbkd/
+/artifacts/
+/data/prepared/
+__pycache__/
+"""
+_DVC_IGNORE = """\
+# the state folder outlives outputs and is none of DVC's business
+.pbkd/
+.venv/
+"""
+_RAW_README = "Your images: split/class/image or class/image. DVC watches this folder.\n"
+_DVC_SETTINGS = {
+    "core.analytics": "false",
+    "core.check_update": "false",
+    "cache.type": "hardlink,symlink",
+}
+
+
+def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
+    """Make a workspace.
+
+    Args:
+        folder: made where it is missing; must hold none of a workspace's files.
+        preset: one of ``PRESETS``.
+        data: a folder or archive of images; copied to data/raw and tracked by DVC.
+
+    Returns:
+        The workspace's params.yaml.
+
+    Raises:
+        ConfigError: unknown preset, or a preset that has its own images with ``data``.
+        ArtifactError: the folder holds a workspace already, or git or DVC failed.
+        DataError: ``data`` does not exist.
+        MissingExtraError: DVC is not installed.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset: got `{preset}`, expected one of {', '.join(PRESETS)}")
+    if data is not None and preset == "digits":
+        raise ConfigError(
+            "--data: the preset digits brings its own images; take image-folder or a cifar10 preset"
+        )
+    if data is not None and not data.exists():
+        raise DataError(f"--data: {data} does not exist; expected a folder, .tar.gz or .zip")
+    folder = folder.resolve()
+    for name in ("params.yaml", "dvc.yaml"):
+        if (folder / name).exists():
+            raise ArtifactError(f"{folder} has a {name} already; choose another folder")
+    (folder / "data" / "raw").mkdir(parents=True, exist_ok=True)
+    _git_and_dvc(folder)
+    params = _preset_file(f"{preset}.yaml")
+    if data is None:
+        (folder / "data" / "raw" / "README.md").write_text(_RAW_README)
+    else:
+        params = params.replace("path: data/raw ", f"path: {_track(folder, data.resolve())} ", 1)
+    (folder / "params.yaml").write_text(params)
+    load_params(folder / "params.yaml")
+    _write_new(folder / "dvc.yaml", _preset_file("dvc.yaml"))
+    _write_new(folder / "README.md", _preset_file("README.md"))
+    _write_new(folder / ".gitignore", _GIT_IGNORE)
+    return folder / "params.yaml"
+
+
+def data_path(params: Path) -> str:
+    """``prepare.path`` of a params.yaml."""
+    return str(yaml.safe_load(params.read_text())["prepare"]["path"])
+
+
+def _preset_file(name: str) -> str:
+    return resources.files("pbkd.presets").joinpath(name).read_text()
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file, or add to one that is there what it lacks."""
+    old = path.read_text() if path.is_file() else ""
+    if path.name == ".gitignore":
+        lines = old.splitlines()
+        text = (
+            "\n".join([*lines, *(line for line in text.splitlines() if line not in lines)]) + "\n"
+        )
+    elif old:
+        return
+    path.write_text(text)
+
+
+def _git_and_dvc(folder: Path) -> None:
+    in_git = _succeeds(["git", "rev-parse", "--is-inside-work-tree"], folder)
+    if not in_git:
+        _run(["git", "init", "--quiet"], folder)
+    if not (folder / ".dvc").is_dir():
+        at_root = (folder / ".git").exists()
+        _dvc(folder, "init", "--quiet", *([] if at_root else ["--subdir"]))
+        for key, value in _DVC_SETTINGS.items():
+            _dvc(folder, "config", key, value)
+    (folder / ".dvcignore").write_text(_DVC_IGNORE)
+
+
+def _track(folder: Path, data: Path) -> str:
+    """Bring the images into data/raw, tracked by DVC; returns their path in the workspace."""
+    if data.is_relative_to(folder):
+        target = data.relative_to(folder).as_posix()
+        _dvc(folder, "add", "--quiet", target)
+        return target
+    raw = folder / "data" / "raw"
+    if data.is_file():
+        target = f"data/raw/{data.name}"
+    else:
+        target = "data/raw"
+        if any(raw.iterdir()):
+            raise ArtifactError(f"{raw} is not empty; move its files, or leave --data away")
+        raw.rmdir()
+    size = data.stat().st_size if data.is_file() else _folder_bytes(data)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ArtifactError(
+            f"--data: {size:,} bytes do not fit into {folder}, which has {free:,} free; choose a "
+            "folder on another disk"
+        )
+    _dvc(folder, "add", "--quiet", "--out", target, str(data))
+    return target
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _dvc(folder: Path, *arguments: str) -> None:
+    try:
+        _run([sys.executable, "-m", "dvc", *arguments], folder)
+    except ArtifactError as error:
+        if "No module named dvc" in str(error):
+            raise MissingExtraError("dvc", "pipeline", "pbkd init") from None
+        raise
+
+
+def _succeeds(command: list[str], folder: Path) -> bool:
+    try:
+        _run(command, folder)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _run(command: list[str], folder: Path) -> None:
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    try:
+        subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        raise ArtifactError(f"`{command[0]}` is not installed; install it and try again") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip()
+        raise ArtifactError(f"`{' '.join(command)}` in {folder} failed: {said}") from None
