@@ -1,9 +1,17 @@
 """Train the candidates of one job, and measure what each one costs the teacher."""
 
-from pbkd.distill.job import SCORES, TRAINEES, JobReport, JobSpec, run_job
+from pbkd.distill.job import (
+    SCORES,
+    TRAINEES,
+    JobReport,
+    JobSpec,
+    TrainingJob,
+    run_job,
+    train_and_score,
+)
 from pbkd.distill.loss import damage_kl, distillation_loss, mse, relative_l2
 from pbkd.distill.score import Damage, score
-from pbkd.distill.trainee import TraineeResult, TraineeSpec
+from pbkd.distill.trainee import TraineeResult, TraineeSpec, make_trainees
 
 __all__ = [
     "SCORES",
@@ -13,10 +21,13 @@ __all__ = [
     "JobSpec",
     "TraineeResult",
     "TraineeSpec",
+    "TrainingJob",
     "damage_kl",
     "distillation_loss",
+    "make_trainees",
     "mse",
     "relative_l2",
     "run_job",
     "score",
+    "train_and_score",
 ]

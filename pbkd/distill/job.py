@@ -20,10 +20,10 @@ from pbkd.artifacts import Store, load_tensors, write_json
 from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.data import Split, Stream, load_prepared
-from pbkd.devices import best_device
+from pbkd.devices import best_device, enough_memory
 from pbkd.distill.score import SCORE, score
 from pbkd.distill.trainee import WEIGHTS, Trainee, TraineeSpec
-from pbkd.models import Predictions, load_teacher, predict
+from pbkd.models import Classifier, ModelCard, Predictions, load_teacher, predict
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ SCORES = "scores"
 _SCORE_BATCH = 256
 
 
-class JobSpec(BaseModel):
-    """A job as plain values; paths are absolute."""
+class TrainingJob(BaseModel):
+    """What is to be trained, and how; ``progress`` is a folder for histories that grow."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,8 +43,6 @@ class JobSpec(BaseModel):
     activations: ActivationsConfig
     distill: DistillConfig
     seed: int
-    teacher: Path
-    prepared: Path
     store: Path
     progress: Path
 
@@ -52,6 +50,13 @@ class JobSpec(BaseModel):
     def heartbeat(self) -> Path:
         """A file that the job touches while it is alive."""
         return self.progress / f"{self.job_id}.alive"
+
+
+class JobSpec(TrainingJob):
+    """A job as plain values; paths are absolute, of the stages' outputs."""
+
+    teacher: Path
+    prepared: Path
 
 
 class JobReport(BaseModel):
@@ -77,33 +82,51 @@ def run_job(spec: JobSpec) -> JobReport:
         PbkdError: the teacher or the data cannot be read, or the store is damaged.
     """
     started_at = time.time()
-    store = Store(spec.store)
-    spec.progress.mkdir(parents=True, exist_ok=True)
-    worker = _Worker(spec)
+    teacher, card = load_teacher(spec.teacher, allow_code=True)
+    prepared = load_prepared(spec.prepared)
+    trained = train_and_score(spec, teacher, card, prepared.split("train"), prepared.split("val"))
+    duration_s = time.time() - started_at
+    return JobReport(
+        job_id=spec.job_id, trained=trained, started_at=started_at, duration_s=duration_s
+    )
+
+
+def train_and_score(
+    job: TrainingJob, teacher: Classifier, card: ModelCard, train: Split, val: Split
+) -> tuple[str, ...]:
+    """Train and score a job's trainees into the store; returns the names of those trained now.
+
+    Raises:
+        TrainingError: the batches do not fit into memory.
+    """
+    store = Store(job.store)
+    job.progress.mkdir(parents=True, exist_ok=True)
+    what = f"batches of {job.distill.batch_size} images for {len(job.trainees)} candidates"
+    with enough_memory(what, "lower `distill.batch_size`"):
+        return _train_and_score(job, _Worker(job, teacher, card, train, val), store)
+
+
+def _train_and_score(spec: TrainingJob, worker: _Worker, store: Store) -> tuple[str, ...]:
     to_train = [t for t in spec.trainees if not store.has(TRAINEES, t.key)]
     if to_train:
         worker.train(to_train, store)
     for trainee in spec.trainees:
         if not store.has(SCORES, trainee.score_key):
             worker.score(trainee, store)
-    duration_s = time.time() - started_at
-    trained = tuple(trainee.name for trainee in to_train)
-    return JobReport(
-        job_id=spec.job_id, trained=trained, started_at=started_at, duration_s=duration_s
-    )
+    return tuple(trainee.name for trainee in to_train)
 
 
 class _Worker:
     """The teacher and the data of one job on the worker's device."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(
+        self, spec: TrainingJob, teacher: Classifier, card: ModelCard, train: Split, val: Split
+    ) -> None:
         self.spec = spec
         self.device = best_device()
-        self.teacher, self.card = load_teacher(spec.teacher, allow_code=True)
-        self.teacher.to(self.device)
-        prepared = load_prepared(spec.prepared)
-        self.train_stream = self._stream(prepared.split("train"))
-        self.val_stream = self._stream(prepared.split("val"))
+        self.teacher, self.card = teacher.to(self.device), card
+        self.train_stream = self._stream(train)
+        self.val_stream = self._stream(val)
         self._predictions: Predictions | None = None
 
     def train(self, specs: list[TraineeSpec], store: Store) -> None:

@@ -10,17 +10,20 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from pbkd.activations import Activation
 from pbkd.artifacts import digest_of, save_tensors, write_json
-from pbkd.blocks import candidate_name
-from pbkd.config import CandidateConfig, DistillConfig
+from pbkd.blocks import Discovery, candidate_name
+from pbkd.config import ActivationsConfig, CandidateConfig, DistillConfig
 from pbkd.distill.loss import LOSSES
 from pbkd.models import ModelCard
+from pbkd.seeding import derive_seed
 
 ALGORITHM = 1
 """Raised whenever the same settings would give other weights."""
 
+_RANDOM = (nn.modules.dropout._DropoutNd, StochasticDepth)
 WEIGHTS = "weights.safetensors"
 HISTORY = "history.jsonl"
 RESULT = "result.json"
@@ -75,6 +78,29 @@ class TraineeSpec(BaseModel):
         )
         score_key = digest_of({"trainee": key, "images": distill.score_images})
         return cls(block=block, config=config, seed=seed, key=key, score_key=score_key)
+
+
+def make_trainees(
+    discovery: Discovery,
+    card: ModelCard,
+    distill: DistillConfig,
+    activations: ActivationsConfig,
+    seed: int,
+) -> list[TraineeSpec]:
+    """Every candidate of every block, in the order of the network."""
+    stream = activations.model_dump(include={"views", "dtype", "chunk"})
+    return [
+        TraineeSpec.make(
+            block=block.path,
+            config=candidate.config,
+            seed=derive_seed(seed, "trainee", block.path, candidate.name),
+            card=card,
+            distill=distill,
+            activations={"seed": seed, **stream},
+        )
+        for block in discovery.blocks
+        for candidate in block.candidates
+    ]
 
 
 class TraineeResult(BaseModel):
@@ -153,6 +179,8 @@ class Trainee:
         self.module = module
         self.config = config
         self.loss = LOSSES[config.loss]
+        # dropout inside a block: its target has none, and draws would depend on the grouping
+        self._random_parts = [m for m in module.modules() if isinstance(m, _RANDOM)]
         self.optimizer = _optimizer(config, module)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
         self.progress = progress
@@ -175,6 +203,8 @@ class Trainee:
     def step(self, activation: Activation) -> None:
         """One optimizer step; the loss stays on the device."""
         self.module.train()
+        for part in self._random_parts:
+            part.eval()
         output = self.module(_own_copy(activation.input))
         loss = self.loss(output, activation.output.float())
         self.optimizer.zero_grad(set_to_none=True)

@@ -22,13 +22,13 @@ from pbkd.distill import (
     JobSpec,
     TraineeResult,
     TraineeSpec,
+    make_trainees,
     run_job,
 )
 from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import RESULT
-from pbkd.models import ModelCard, read_card
+from pbkd.models import read_card
 from pbkd.plan import Job, group_trainees, trainee_cost
-from pbkd.seeding import derive_seed
 from pbkd.stages.activations import Settled, read_settled
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
@@ -86,7 +86,7 @@ def plan_distill(context: StageContext, num_workers: int) -> DistillPlan:
     for folder in workspace.artifacts("activations").glob("*/*"):  # the store may be new
         store.adopt(ACTIVATIONS, folder)
     card = read_card(workspace.artifacts("teacher"))
-    trainees = _trainees(context, card, settled, discovery)
+    trainees = make_trainees(discovery, card, context.params.distill, settled.config, settled.seed)
     costs = _costs(context, discovery, settled, trainees)
     todo = {t.name: t for t in trainees if not is_done(store, t)}
     jobs = group_trainees(
@@ -104,7 +104,7 @@ def preview_jobs(context: StageContext, num_workers: int) -> list[Job]:
     workspace = context.workspace
     discovery, settled = read_blocks(workspace), read_settled(workspace)
     card = read_card(workspace.artifacts("teacher"))
-    trainees = _trainees(context, card, settled, discovery)
+    trainees = make_trainees(discovery, card, context.params.distill, settled.config, settled.seed)
     costs = _costs(context, discovery, settled, trainees)
     return group_trainees(costs, {t.name: t.block for t in trainees}, settled.source, num_workers)
 
@@ -147,25 +147,6 @@ def read_distilled(workspace: Workspace) -> list[Distilled]:
     """What the stage wrote."""
     entries = read_json(workspace.artifacts("distill") / "distill.json")
     return [Distilled.model_validate(entry) for entry in entries]
-
-
-def _trainees(
-    context: StageContext, card: ModelCard, settled: Settled, discovery: Discovery
-) -> list[TraineeSpec]:
-    """Every candidate of every block, in the order of the network."""
-    stream = settled.config.model_dump(include={"views", "dtype", "chunk"})
-    return [
-        TraineeSpec.make(
-            block=block.path,
-            config=candidate.config,
-            seed=derive_seed(context.params.seed, "trainee", block.path, candidate.name),
-            card=card,
-            distill=context.params.distill,
-            activations={"seed": settled.seed, **stream},
-        )
-        for block in discovery.blocks
-        for candidate in block.candidates
-    ]
 
 
 def _costs(

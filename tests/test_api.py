@@ -1,0 +1,160 @@
+"""`pbkd.compress`: from a model and data in memory to a student."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pbkd
+from pbkd.api import _split
+from pbkd.config import BlocksConfig
+from pbkd.errors import BlockError, ConfigError, DataError, PbkdError, TeacherError
+from pbkd.measure import count_macs, num_parameters
+from tests.models.own_networks import Odd, two_outputs
+
+QUICK: dict[str, Any] = {
+    "distill": {"epochs": 6, "batch_size": 16},
+    "stitch": {"max_damage": 5.0, "recalibrate_batches": 2},
+    "finetune": {"epochs": 6, "batch_size": 16},
+}
+
+
+def _data(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Three classes of stripes, told apart by direction and width."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num) % 3
+    across = np.indices((num, 1, 8, 8))[3]
+    down = np.indices((num, 1, 8, 8))[2]
+    kind = labels[:, None, None, None]
+    stripes = np.where(kind == 0, across % 2, np.where(kind == 1, down % 2, across // 2 % 2))
+    return (stripes * 180 + rng.integers(0, 75, stripes.shape)).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A trained odd network; it takes images in [0, 1]."""
+    torch.manual_seed(0)
+    net = Odd(3, 1)
+    images, labels = (torch.from_numpy(array) for array in _data(192))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images / 255), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def test_an_odd_network_is_compressed_and_says_what_it_left_out(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.INFO, logger="pbkd.api"):
+        student = pbkd.compress(model, _data(192), _data(60, seed=1), **QUICK)
+    assert "left out twice: shared module: called 2 times in one pass" in caplog.text
+    done = student.compression
+    assert [choice.block for choice in done.choices] == ["stem", "left", "last"]
+    assert all(choice.candidate == "separable" for choice in done.choices)
+    assert done.teacher_accuracy > 0.95
+    assert done.accuracy > 0.9
+    assert done.num_parameters == num_parameters(student) < done.teacher_num_parameters
+    image = torch.zeros(1, 1, 8, 8)
+    assert done.macs == count_macs(student, image) < done.teacher_macs
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    images, labels = (torch.from_numpy(array) for array in _data(60, seed=1))
+    assert not student.training
+    accuracy = float((student(images / 255).argmax(1) == labels).float().mean())
+    assert accuracy == pytest.approx(done.accuracy)
+
+
+def test_the_normalisation_is_in_the_student(model: nn.Module) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
+            return self.net(x_nchw * 0.5 + 0.25)
+
+    data, val = _data(64), _data(60, seed=1)
+    plain = pbkd.compress(model, data, val, finetune={"epochs": 0}, distill={"epochs": 1})
+    wrapped = pbkd.compress(
+        Normalised(),
+        data,
+        val,
+        mean=[0.25],
+        std=[0.5],
+        finetune={"epochs": 0},
+        distill={"epochs": 1},
+    )
+    assert wrapped.compression.teacher_accuracy == plain.compression.teacher_accuracy > 0.95
+
+
+def test_a_second_call_trains_nothing_again(model: nn.Module, tmp_path: Path) -> None:
+    first = pbkd.compress(model, _data(96), _data(60, seed=1), folder=tmp_path, **QUICK)
+    items = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    second = pbkd.compress(model, _data(96), _data(60, seed=1), folder=tmp_path, **QUICK)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")} == items
+    assert len(items) > 4
+    state = second.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
+
+
+def test_data_may_be_arrays_tensors_or_pairs() -> None:
+    images, labels = _data(9)
+    floats = torch.from_numpy(images) / 255
+    pairs = [(image, int(label)) for image, label in zip(floats, labels, strict=True)]
+    for given in ((images, labels), (floats, torch.from_numpy(labels)), pairs, iter(pairs)):
+        split = _split(given, "train")
+        assert split.images.dtype == np.uint8
+        assert np.array_equal(split.images, images)
+        assert np.array_equal(split.labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"distill": {"epoch": 2}}, ConfigError, r"distill\.epoch: Extra inputs"),
+        ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, ConfigError, "expected 1 values each"),
+        ({"model": two_outputs(3, 1)}, TeacherError, "gives tuple in training mode"),
+        ({"blocks": BlocksConfig(select="residual")}, BlockError, "matches nothing in Odd"),
+        ({"train": []}, DataError, "train: expected .* pairs"),
+        ({"train": [(np.zeros((1, 8, 8), np.uint8), 0, 1)]}, DataError, "train: expected"),
+        ({"val": (np.zeros((4, 8, 8), np.uint8), np.zeros(4, int))}, DataError, "val: images of"),
+        ({"val": (np.zeros((4, 1, 8, 8)) - 1, np.zeros(4, int))}, DataError, "normalisation"),
+        ({"val": (np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4))}, DataError, "labels of shape"),
+        (
+            {"train": [(np.zeros((1, 8, 8), np.uint8), 0), (np.zeros((1, 9, 8), np.uint8), 1)]},
+            DataError,
+            "images of 2 shapes",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_any_training(
+    model: nn.Module, change: dict[str, Any], kind: type[PbkdError], said: str
+) -> None:
+    arguments: dict[str, Any] = {"model": model, "train": _data(9), "val": _data(9), **change}
+    with pytest.raises(kind, match=said):
+        pbkd.compress(**arguments)
+
+
+def test_importing_pbkd_does_not_import_torch() -> None:
+    code = "import sys, pbkd; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_compressing_imports_no_orchestrator() -> None:
+    code = (
+        "import sys, pbkd; pbkd.compress; "
+        "sys.exit(bool({'prefect', 'dvc', 'mlflow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
