@@ -23,6 +23,7 @@ from pbkd.measure import count_macs, num_parameters
 from tests.models.own_networks import Odd, two_outputs
 
 QUICK: dict[str, Any] = {
+    "blocks": {"exclude": ["stem"]},  # out of one channel, a separable one makes but one pattern
     "distill": {"epochs": 6, "batch_size": 16},
     "stitch": {"max_damage": 5.0, "recalibrate_batches": 2},
     "finetune": {"epochs": 6, "batch_size": 16},
@@ -62,7 +63,7 @@ def test_an_odd_network_is_compressed_and_says_what_it_left_out(
         student = pbkd.compress(model, _data(192), _data(60, seed=1), **QUICK)
     assert "left out twice: shared module: called 2 times in one pass" in caplog.text
     done = student.compression
-    assert [choice.block for choice in done.choices] == ["stem", "left", "last"]
+    assert [choice.block for choice in done.choices] == ["left", "last"]
     assert all(choice.candidate == "separable" for choice in done.choices)
     assert done.teacher_accuracy > 0.95
     assert done.accuracy > 0.9
