@@ -1,6 +1,6 @@
 """Figures as records, tables, pictures and a page."""
 
-from pbkd.report.page import render
+from pbkd.report.page import ReportInputs, render
 from pbkd.report.results import (
     MEASURED,
     METRICS,
@@ -15,6 +15,7 @@ from pbkd.report.results import (
     ModelFigures,
     StageFigures,
     StudentFigures,
+    TraineeFigures,
     read_measured,
     read_metrics,
 )
@@ -38,9 +39,11 @@ __all__ = [
     "Measured",
     "Metrics",
     "ModelFigures",
+    "ReportInputs",
     "StageFigures",
     "StudentFigures",
     "Table",
+    "TraineeFigures",
     "block_phase_sentence",
     "final_table",
     "read_measured",

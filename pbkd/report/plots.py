@@ -1,76 +1,180 @@
-"""The report's pictures: SVG text by matplotlib that follows the page's light or dark colours."""
+"""The report's pictures: figures of the run as SVG text."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from pbkd.errors import MissingExtraError
+from pbkd.report.results import BlockPhase, Metrics, TraineeFigures
+from pbkd.report.svg import (
+    INK,
+    SeriesStyle,
+    literal,
+    new_figure,
+    series_style,
+    set_log_scale,
+    svg_of,
+)
+
+_CHARACTER = 0.6  # width of a digit over the height of its font
 
 
-def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Validation loss by epoch, a line per trainee; epoch -1 is before the first step."""
-    figure, axes = _figure()
-    for points in curves.values():
-        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.5)
-    axes.set_xlabel("epoch (-1: inherited weights)")
-    axes.set_ylabel("validation loss")
-    axes.set_yscale("log")
-    axes.legend(
-        axes.lines,  # with labels of their own, a name that begins with _ would be left out
-        [_literal(name) for name in curves],
-        fontsize=7,
-        frameon=False,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
+def accuracy_by_size(metrics: Metrics, network: str) -> str:
+    """Test accuracy against file size: the teacher and every student, by name."""
+    figure, axes = new_figure(5, 3)
+    models = {f"{network} (teacher)": metrics.teacher, **metrics.students}
+    by_size = sorted(models.items(), key=lambda item: item[1].file_bytes)
+    sizes = [model.file_bytes for _, model in by_size]
+    for index, (name, model) in enumerate(by_size):
+        style = series_style(0 if model is metrics.teacher else 1)
+        point = (model.file_bytes, 100 * model.test_accuracy)
+        axes.plot(*point, color=style.colour, marker=style.marker, markersize=9)
+        above = index % 2 == 0  # neighbours may be close
+        axes.annotate(
+            literal(name),
+            point,
+            xytext=(0, 9 if above else -9),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+        )
+    axes.margins(y=0.25)
+    axes.yaxis.get_major_formatter().set_useOffset(False)
+    axes.set_ylabel("test accuracy (%)")
+    set_log_scale(axes, "x", (sizes[0] / 2, sizes[-1] * 2), size_text)
+    axes.set_xlabel("file size (logarithmic)")
+    named = ", ".join(
+        f"{name} {size_text(model.file_bytes)}, {model.test_accuracy:.1%}"
+        for name, model in by_size
     )
-    return _svg(figure)
+    return svg_of(figure, f"Test accuracy against file size: {named}")
 
 
-def damages(values: Mapping[str, float], limit: float) -> str:
-    """Damage of each trainee as a bar, and the limit over which the teacher's block stays."""
-    figure, axes = _figure(height=0.4 * max(len(values), 2) + 1)
-    names = [_literal(name) for name in values]
-    axes.barh(names, list(values.values()), color="#4c78a8", height=0.6)
-    if limit > 0:  # 0 has no place on a logarithmic scale
-        axes.axvline(limit, color="#e45756", linewidth=1.5, linestyle="--")
+def damages(
+    trainees: Sequence[TraineeFigures], chosen: Collection[tuple[str, str]], max_damage: float
+) -> str:
+    """Damage of every trainee, a row per block; what a student took is filled.
+
+    Args:
+        chosen: (block, candidate).
+        max_damage: limit above which a block keeps the teacher's module, nats; 0 has no place on
+            a logarithmic scale and is left out.
+    """
+    rows = {block: row for row, block in enumerate(dict.fromkeys(t.block for t in trainees))}
+    styles = _styles(trainees)
+    figure, axes = new_figure(5, 0.22 * len(rows) + 1.1)
+    positive = [t.damage.kl for t in trainees if t.damage.kl is not None and t.damage.kl > 0]
+    marks = [*positive, max_damage] if max_damage > 0 else positive
+    low, high = min(marks, default=0.1) / 2, max(marks, default=1) * 2
+    for trainee in trainees:
+        style = styles[trainee.candidate]
+        kl, row = trainee.damage.kl, rows[trainee.block]
+        axes.plot(
+            high if kl is None else max(kl, low),
+            row,
+            color=style.colour,
+            marker="x" if kl is None else style.marker,
+            fillstyle="full" if (trainee.block, trainee.candidate) in chosen else "none",
+            clip_on=False,
+        )
+        if kl is None:
+            axes.annotate(
+                "not finite", (high, row), (-7, 0), textcoords="offset points", ha="right",
+                va="center", fontsize=8, color=style.colour,
+            )  # fmt: skip
+    if max_damage > 0:
+        axes.axvline(max_damage, color=INK, linewidth=1.5, linestyle="--")
         above = axes.get_xaxis_transform()
-        axes.text(limit, 1.02, "max_damage", color="#e45756", fontsize=8, transform=above)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("damage: KL of the logits (nats)")
-    return _svg(figure)
+        axes.text(max_damage, 1, "max_damage", ha="center", va="bottom", transform=above)
+    axes.set_yticks(list(rows.values()), [literal(block) for block in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    set_log_scale(axes, "x", (low, high), "{:g}".format)
+    axes.set_xlabel("damage (nats, logarithmic)")
+    return svg_of(figure, f"Damage of {len(trainees)} candidates of {len(rows)} blocks")
 
 
-def _literal(name: str) -> str:
-    """A name that matplotlib takes for no formula."""
-    return name.replace("$", r"\$")
+def loss_curves(trainees: Sequence[TraineeFigures]) -> dict[str, str]:
+    """Block to a small picture of its candidates' validation losses by epoch, on equal axes.
+
+    The axes hold each candidate's first and best loss: one that diverges leaves its picture.
+    """
+    courses = [[loss for _, loss in t.val_losses if loss > 0] for t in trainees]
+    ends = [end for course in courses if course for end in (course[0], min(course))]
+    low, high = min(ends, default=0.1) / 1.3, max(ends, default=1) * 1.3
+    last = max((epoch for t in trainees for epoch, _ in t.val_losses), default=0)
+    styles = _styles(trainees)
+    pictures = {}
+    for block in dict.fromkeys(trainee.block for trainee in trainees):
+        figure, axes = new_figure(2.3, 1.6, layout=None)
+        figure.subplots_adjust(left=0.25, right=0.97, bottom=0.16, top=0.95)
+        own = [trainee for trainee in trainees if trainee.block == block]
+        for trainee in own:
+            style = styles[trainee.candidate]
+            x = [epoch + 1 for epoch, _ in trainee.val_losses]
+            y = [loss for _, loss in trainee.val_losses]
+            axes.plot(x, y, color=style.colour, linestyle=style.dashes, linewidth=1.8)
+        axes.set_xlim(-0.03 * (last + 1), 1.03 * (last + 1))
+        axes.set_xticks([0, last + 1])
+        set_log_scale(axes, "y", (low, high), "{:g}".format)
+        pictures[block] = svg_of(figure, f"Validation loss of {block}: {_from_to(own)}")
+    return pictures
 
 
-def _figure(width: float = 7.5, height: float = 3.2) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "pipeline", "the report") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, alpha=0.25)
-    return figure, axes
+def candidate_keys(trainees: Sequence[TraineeFigures]) -> dict[str, str]:
+    """Candidate to its line and marker, for a legend in the page's own text."""
+    pictures = {}
+    for candidate, style in _styles(trainees).items():
+        figure, axes = new_figure(0.6, 0.2, layout=None)
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
+        axes.set_axis_off()
+        axes.plot([0, 1, 2], [0, 0, 0], color=style.colour, linestyle=style.dashes, linewidth=1.8)
+        axes.plot(1, 0, color=style.colour, marker=style.marker)
+        pictures[candidate] = svg_of(figure, f"Line and marker of {candidate}")
+    return pictures
 
 
-def _svg(figure: Any) -> str:
-    """SVG without a size of its own, black as the page's text colour, equal for equal data."""
-    import matplotlib as mpl
+def jobs(phase: BlockPhase) -> str:
+    """Gantt chart: a row per worker, a bar per job, with the job's number where there is room."""
+    workers = sorted({job.worker for job in phase.jobs}, key=lambda name: (len(name), name))
+    rows = {name: row for row, name in enumerate(workers)}
+    width = 7.5
+    figure, axes = new_figure(width, 0.34 * len(rows) + 0.8)
+    style = series_style(0)
+    for number, job in enumerate(phase.in_order, start=1):
+        row = rows[job.worker]
+        span = (job.started_s, job.duration_s)
+        axes.broken_barh([span], (row - 0.4, 0.8), facecolor=style.colour, alpha=0.3)
+        axes.broken_barh([span], (row - 0.4, 0.8), facecolor="none", edgecolor=style.colour)
+        room = 60 * width * job.duration_s / phase.wall_s  # points; the axes take most of it
+        if room > 8 * _CHARACTER * len(str(number)) + 2:
+            axes.text(
+                job.started_s + job.duration_s / 2, row, str(number), fontsize=8,
+                ha="center", va="center_baseline", color=INK,
+            )  # fmt: skip
+    axes.set_yticks(list(rows.values()), [literal(name) for name in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, phase.wall_s)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("seconds since the first job began")
+    return svg_of(figure, f"{len(phase.jobs)} jobs on {len(rows)} workers over time")
 
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pbkd"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1, flags=re.S)
-    return text.replace("#000000", "currentColor").replace("fill: black", "fill: currentColor")
+
+def size_text(num_bytes: float) -> str:
+    """Bytes with the decimal unit that reads best."""
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.3g} B"
+
+
+def _styles(trainees: Sequence[TraineeFigures]) -> dict[str, SeriesStyle]:
+    candidates = dict.fromkeys(trainee.candidate for trainee in trainees)
+    return {candidate: series_style(index) for index, candidate in enumerate(candidates)}
+
+
+def _from_to(trainees: Sequence[TraineeFigures]) -> str:
+    texts = []
+    for trainee in trainees:
+        losses = [loss for _, loss in trainee.val_losses]
+        course = f"from {losses[0]:.3g} to {min(losses):.3g}" if losses else "no finite loss"
+        texts.append(f"{trainee.candidate} {course}")
+    return ", ".join(texts)

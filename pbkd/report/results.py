@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pbkd.artifacts import read_json
+from pbkd.distill import Damage
 from pbkd.errors import ArtifactError
 
 METRICS = "metrics.json"
@@ -129,6 +130,24 @@ class BlockPhase(_Record):
     speedup: float
     energy_j: float | None
     jobs: tuple[JobFigures, ...] = ()
+
+    @property
+    def in_order(self) -> list[JobFigures]:
+        """The jobs by their start, as the report numbers them from 1."""
+        return sorted(self.jobs, key=lambda job: (job.started_s, job.worker))
+
+
+class TraineeFigures(_Record):
+    """A candidate of a block, as it was trained and scored; of the report alone.
+
+    Attributes:
+        val_losses: (epoch, validation loss); epoch -1 is before the first step.
+    """
+
+    block: str
+    candidate: str
+    damage: Damage
+    val_losses: tuple[tuple[int, float], ...]
 
 
 class Measured(_Record):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pbkd.blocks import Discovery
 from pbkd.plan import Job, place
-from pbkd.report.results import Measured, Metrics, ModelFigures
+from pbkd.report.results import BlockPhase, Measured, Metrics, ModelFigures
 
 NOT_MEASURED = "not measured"
 
@@ -21,14 +21,24 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def summary_sentence(metrics: Metrics, measured: Measured) -> str:
-    """One sentence for the smallest student."""
+def summary_sentence(metrics: Metrics, measured: Measured, network: str = "The teacher") -> str:
+    """One sentence for the smallest student: size, speed and accuracy against the teacher's.
+
+    The speed is told for the smallest and the largest batch that was measured.
+    """
     name, student = min(metrics.students.items(), key=lambda item: item[1].file_bytes)
     share = student.file_bytes / metrics.teacher.file_bytes
     points = 100 * (student.test_accuracy - metrics.teacher.test_accuracy)
-    speed = _speedup(measured, name, batch_size=1)
-    faster = "" if speed is None else f", {_faster(speed)} at batch 1"
-    return f"The teacher at {share:.0%} of its bytes{faster}, {points:+.1f} points of accuracy."
+    which = f" (student {name})" if len(metrics.students) > 1 else ""
+    pairs = list(zip(measured.latency["teacher"], measured.latency[name], strict=True))
+    pairs.sort(key=lambda pair: pair[0].batch_size)
+    speeds = [
+        f"{_faster(teacher.median_ms / own.median_ms)} at batch {own.batch_size}"
+        for teacher, own in (pairs if len(pairs) < 2 else (pairs[0], pairs[-1]))
+    ]
+    speed = f"{' and '.join(speeds)}, " if speeds else ""
+    lead = f"{network} at {share:.0%} of its bytes{which}"
+    return f"{lead}, {speed}{points:+.1f} points of test accuracy."
 
 
 def final_table(metrics: Metrics, measured: Measured) -> Table:
@@ -50,7 +60,7 @@ def final_table(metrics: Metrics, measured: Measured) -> Table:
         cells = [f"{baseline:.2f}"]
         for name in students:
             median = measured.latency[name][index].median_ms
-            cells.append(f"{median:.2f} ({baseline / median:.2f}x)")
+            cells.append(f"{median:.2f} ({_faster(baseline / median)})")
         rows.append((f"latency, batch {entry.batch_size} (ms)", *cells))
     return Table("Teacher and students", ("", "teacher", *students), tuple(rows))
 
@@ -76,10 +86,52 @@ def stage_table(measured: Measured) -> Table:
     """Wall time and energy of each stage's last run on this machine."""
     rows = []
     for name, figures in measured.stages.items():
-        energy = [value for value in figures.energy_j.values() if value is not None]
-        joules = f"{sum(energy):.0f}" if energy else NOT_MEASURED
-        rows.append((name, f"{figures.duration_s:.1f}", joules))
+        counted = [value for value in figures.energy_j.values() if value is not None]
+        missing = [device for device, value in figures.energy_j.items() if value is None]
+        joules = joules_text(sum(counted) if counted else None)
+        without = f" without {', '.join(missing)}" if counted and missing else ""
+        rows.append((name, _seconds(figures.duration_s), joules + without))
     return Table("Wall time per stage", ("stage", "seconds", "energy (J)"), tuple(rows))
+
+
+def job_table(phase: BlockPhase) -> Table:
+    """The jobs of the block phase, in the order of their start."""
+    rows = [
+        (
+            str(number),
+            job.worker,
+            f"{job.started_s:.1f}",
+            _seconds(job.duration_s),
+            joules_text(job.energy_j),
+            ", ".join(job.trained) or "nothing: all was in the store",
+        )
+        for number, job in enumerate(phase.in_order, start=1)
+    ]
+    heads = ("job", "worker", "start (s)", "duration (s)", "energy (J)", "trained")
+    return Table("Jobs", heads, tuple(rows))
+
+
+def energy_sentences(measured: Measured) -> str:
+    """Which devices the energy counts and what is in it, or why there is no figure."""
+    figures = [stage.energy_j for stage in measured.stages.values()]
+    devices = dict.fromkeys(device for energy_j in figures for device in energy_j)
+    if not figures:
+        return f"Energy: {NOT_MEASURED} (no stage ran on this machine)."
+    if not devices:
+        return (
+            f"Energy: {NOT_MEASURED}. This machine has no counter that pbkd can read: no NVIDIA "
+            "GPU that tells its energy or power (NVML), and no CPU package counter (RAPL; on most "
+            "machines root alone may read it)."
+        )
+    told = [f"{device} ({_what_counts(device)})" for device in devices]
+    failed = any(value is None for energy_j in figures for value in energy_j.values())
+    gap = " A device without a figure: its counter failed or did not move." if failed else ""
+    return (
+        f"Energy counts {', '.join(told)}. A figure is all that these devices drew from start to "
+        "end: idle power is in it, and so is what other programs used on them. Memory, disks, fans "
+        "and power supplies are not counted. A job's own energy is known only where no other "
+        f"program used its GPU; jobs on the CPU share it, so that theirs is not measured.{gap}"
+    )
 
 
 def discovery_tables(discovery: Discovery) -> list[Table]:
@@ -140,22 +192,36 @@ def block_phase_sentence(measured: Measured) -> str:
     """What the parallel block phase gained."""
     phase = measured.block_phase
     if phase is None:
-        return f"Block phase: {NOT_MEASURED} (no block was trained on this machine)."
+        return f"Block phase: {NOT_MEASURED} (no workers trained blocks on this machine)."
     return (
         f"Block phase: {phase.num_jobs} jobs on {phase.num_workers} workers, {phase.wall_s:.1f} s; "
-        f"{phase.jobs_s:.1f} s of work, speed-up {phase.speedup:.2f}."
+        f"{phase.jobs_s:.1f} s of work, speed-up {phase.speedup:.2f}; energy "
+        f"{NOT_MEASURED if phase.energy_j is None else joules_text(phase.energy_j) + ' J'}."
     )
 
 
-def _speedup(measured: Measured, student: str, batch_size: int) -> float | None:
-    for teacher, own in zip(measured.latency["teacher"], measured.latency[student], strict=True):
-        if teacher.batch_size == batch_size:
-            return teacher.median_ms / own.median_ms
-    return None
+def joules_text(energy_j: float | None) -> str:
+    """Joules without their unit; a figure that is absent is said to be."""
+    if energy_j is None:
+        return NOT_MEASURED
+    return f"{energy_j:,.0f}" if energy_j >= 100 else f"{energy_j:.3g}"
+
+
+def _seconds(duration_s: float) -> str:
+    return f"{duration_s:,.1f}" if duration_s >= 1 else f"{duration_s:.2g}"
+
+
+def _what_counts(device: str) -> str:
+    """How a device of ``pbkd.measure`` is read, by its name."""
+    if device.startswith("gpu"):
+        return "the whole GPU, by NVML's energy counter or power samples"
+    return "the processor package with its cores and caches, by RAPL"
 
 
 def _faster(speed: float) -> str:
-    return f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
+    if 0.995 < speed < 1.005:
+        return "as fast"
+    return f"{speed:.2f}x faster" if speed > 1 else f"{1 / speed:.2f}x slower"
 
 
 def _each(metrics: Metrics, text: Callable[[ModelFigures], str]) -> list[str]:
@@ -163,7 +229,13 @@ def _each(metrics: Metrics, text: Callable[[ModelFigures], str]) -> list[str]:
 
 
 def _with_ratio(teacher: int, students: list[int]) -> list[str]:
-    return [f"{teacher:,}", *(f"{value:,} ({teacher / value:.1f}x less)" for value in students)]
+    return [f"{teacher:,}", *(f"{value:,} ({_less(teacher / value)})" for value in students)]
+
+
+def _less(ratio: float) -> str:
+    if 0.995 < ratio < 1.005:
+        return "the same"
+    return f"{ratio:.1f}x less" if ratio > 1 else f"{1 / ratio:.1f}x more"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

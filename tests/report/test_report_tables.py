@@ -7,6 +7,7 @@ import pytest
 from pbkd.errors import ArtifactError
 from pbkd.plan import Job
 from pbkd.report import (
+    BlockPhase,
     Measured,
     Metrics,
     Table,
@@ -17,7 +18,7 @@ from pbkd.report import (
     stage_table,
     summary_sentence,
 )
-from pbkd.report.tables import accuracy_table, plan_tables
+from pbkd.report.tables import accuracy_table, energy_sentences, job_table, plan_tables
 
 TEACHER = {
     "val_accuracy": 0.98,
@@ -68,16 +69,19 @@ def rows(table: Table) -> dict[str, tuple[str, ...]]:
 
 
 def test_the_final_table_sets_each_student_against_the_teacher():
-    table = final_table(METRICS, measured())
+    larger = LARGE | {"num_parameters": 2_000_000, "macs": 40_000_001}
+    students = {"large": larger, "small": SMALL}
+    metrics = Metrics.model_validate({"teacher": TEACHER, "students": students})
+    table = final_table(metrics, measured())
     assert table.heads == ("", "teacher", "large", "small")
     assert rows(table) == {
         "accuracy (test)": ("95.00%", "96.00%", "93.70%"),
         "accuracy (validation)": ("98.00%", "98.00%", "98.00%"),
-        "parameters": ("1,000,000", "200,000 (5.0x less)", "200,000 (5.0x less)"),
-        "MACs per image": ("40,000,000", "10,000,000 (4.0x less)", "10,000,000 (4.0x less)"),
+        "parameters": ("1,000,000", "2,000,000 (2.0x more)", "200,000 (5.0x less)"),
+        "MACs per image": ("40,000,000", "40,000,001 (the same)", "10,000,000 (4.0x less)"),
         "file bytes": ("4,000,000", "2,000,000 (2.0x less)", "1,000,000 (4.0x less)"),
-        "latency, batch 1 (ms)": ("3.00", "2.00 (1.50x)", "6.00 (0.50x)"),
-        "latency, batch 8 (ms)": ("12.00", "6.00 (2.00x)", "4.00 (3.00x)"),
+        "latency, batch 1 (ms)": ("3.00", "2.00 (1.50x faster)", "6.00 (2.00x slower)"),
+        "latency, batch 8 (ms)": ("12.00", "6.00 (2.00x faster)", "4.00 (3.00x faster)"),
     }
 
 
@@ -89,21 +93,29 @@ def test_without_latencies_the_final_table_has_no_row_for_them():
 @pytest.mark.parametrize(
     ("medians", "expected"),
     [
-        ((3.0, 2.0), "The teacher at 25% of its bytes, 1.5x faster at batch 1, -1.3 points"),
-        ((3.0, 6.0), "The teacher at 25% of its bytes, 2.0x slower at batch 1, -1.3 points"),
-        (None, "The teacher at 25% of its bytes, -1.3 points of accuracy."),
+        ({1: (3.0, 2.0)}, "1.50x faster at batch 1, "),
+        ({1: (3.0, 6.0)}, "2.00x slower at batch 1, "),
+        ({8: (3.0, 3.001)}, "as fast at batch 8, "),
+        (
+            {1: (3.0, 6.0), 8: (9.0, 9.0), 64: (9.0, 6.0)},
+            "2.00x slower at batch 1 and 1.50x faster at batch 64, ",
+        ),
+        ({64: (9.0, 6.0), 1: (3.0, 6.0)}, "2.00x slower at batch 1 and 1.50x faster at batch 64, "),
+        ({}, ""),
     ],
 )
 def test_the_summary_is_about_the_smallest_student(medians, expected):
-    teacher, student = ([], []) if medians is None else ([latency(1, ms)] for ms in medians)
-    figures = measured(latency={"teacher": teacher, "large": teacher, "small": student})
-    assert summary_sentence(METRICS, figures).startswith(expected)
+    teacher = [latency(batch, pair[0]) for batch, pair in medians.items()]
+    own = [latency(batch, pair[1]) for batch, pair in medians.items()]
+    figures = measured(latency={"teacher": teacher, "large": teacher, "small": own})
+    sentence = f"at 25% of its bytes (student small), {expected}-1.3 points of test accuracy."
+    assert summary_sentence(METRICS, figures) == f"The teacher {sentence}"
+    assert summary_sentence(METRICS, figures, "vgg_small") == f"vgg_small {sentence}"
 
 
-def test_the_summary_says_nothing_of_batch_1_where_only_another_one_was_measured():
-    entries = [latency(8, 3.0)]
-    figures = measured(latency={"teacher": entries, "large": entries, "small": entries})
-    assert "batch" not in summary_sentence(METRICS, figures)
+def test_the_summary_does_not_name_the_only_student():
+    metrics = Metrics.model_validate({"teacher": TEACHER, "students": {"small": SMALL}})
+    assert "student" not in summary_sentence(metrics, measured())
 
 
 def test_accuracy_is_shown_step_by_step():
@@ -121,8 +133,10 @@ def test_accuracy_is_shown_step_by_step():
     [
         ({}, "not measured"),
         ({"gpu 0": None, "package 0": None}, "not measured"),
-        ({"gpu 0": 20.4, "package 0": None}, "20"),
-        ({"gpu 0": 20.4, "package 0": 10.0}, "30"),
+        ({"gpu 0": 20.4, "package 0": None}, "20.4 without package 0"),
+        ({"gpu 0": 20.4, "package 0": 10.0}, "30.4"),
+        ({"gpu 0": 0.012}, "0.012"),
+        ({"gpu 0": 1234.5}, "1,234"),
     ],
 )
 def test_energy_that_was_not_measured_is_never_0(energy_j, expected):
@@ -130,12 +144,54 @@ def test_energy_that_was_not_measured_is_never_0(energy_j, expected):
     assert rows(stage_table(figures)) == {"teacher": ("1.2", expected)}
 
 
-def test_the_block_phase_is_told_or_said_to_be_not_measured():
+def test_a_short_time_is_not_0():
+    figures = measured(stages={"blocks": {"duration_s": 0.0123, "energy_j": {}}})
+    assert rows(stage_table(figures)) == {"blocks": ("0.012", "not measured")}
+
+
+def test_energy_names_what_it_counts_or_why_it_is_not_there():
+    def sentences(**energy_j: float | None) -> str:
+        devices = {name.replace("_", "-"): value for name, value in energy_j.items()}
+        return energy_sentences(
+            measured(stages={"teacher": {"duration_s": 1.0, "energy_j": devices}})
+        )
+
+    both = sentences(gpu_0=20.0, cpu_package_0=3.0)
+    assert "gpu-0 (the whole GPU, by NVML's energy counter or power samples), cpu-pack" in both
+    assert "idle power is in it" in both
+    assert "failed" not in both
+    assert "its counter failed" in sentences(gpu_0=20.0, cpu_package_0=None)
+    assert "gpu" not in sentences(cpu_package_0=3.0)
+    assert "Energy: not measured. This machine has no counter" in sentences()
+    assert "Energy: not measured (no stage ran" in energy_sentences(measured())
+
+
+PHASE = {"num_workers": 2, "num_jobs": 5, "wall_s": 10.0, "jobs_s": 18.0, "speedup": 1.8}
+
+
+@pytest.mark.parametrize(
+    ("energy_j", "expected"), [(None, "energy not measured."), (1234.5, "energy 1,234 J.")]
+)
+def test_the_block_phase_is_told_or_said_to_be_not_measured(energy_j, expected):
     assert "not measured" in block_phase_sentence(measured())
     assert " 0" not in block_phase_sentence(measured())
-    phase = {"num_workers": 2, "num_jobs": 5, "wall_s": 10.0, "jobs_s": 18.0, "speedup": 1.8}
-    sentence = block_phase_sentence(measured(block_phase=phase | {"energy_j": None}))
-    assert sentence == ("Block phase: 5 jobs on 2 workers, 10.0 s; 18.0 s of work, speed-up 1.80.")
+    sentence = block_phase_sentence(measured(block_phase=PHASE | {"energy_j": energy_j}))
+    assert sentence == (
+        f"Block phase: 5 jobs on 2 workers, 10.0 s; 18.0 s of work, speed-up 1.80; {expected}"
+    )
+
+
+def test_jobs_are_numbered_by_their_start():
+    job = {"worker": "gpu-0", "duration_s": 2.0, "trained": ["a/x", "a/y"], "energy_j": 7.0}
+    jobs = [
+        job | {"job_id": "job-001", "started_s": 4.0},
+        job | {"job_id": "job-000", "started_s": 0.0, "energy_j": None, "trained": []},
+    ]
+    phase = BlockPhase.model_validate(PHASE | {"energy_j": None, "jobs": jobs})
+    assert rows(job_table(phase)) == {
+        "1": ("gpu-0", "0.0", "2.0", "not measured", "nothing: all was in the store"),
+        "2": ("gpu-0", "4.0", "2.0", "7", "a/x, a/y"),
+    }
 
 
 def test_the_plan_shows_each_job_and_the_gain_of_each_number_of_workers():
