@@ -16,6 +16,7 @@ from flows.slots import whole_machine_slot
 from pbkd.artifacts import Workspace
 from pbkd.locks import workspace_lock
 from pbkd.stages import STAGES, StageContext, run_stage
+from pbkd.stages.preflight import preflight
 from pbkd.stages.register import is_registered
 from pbkd.tracking import PipelineRun
 
@@ -38,6 +39,7 @@ def compress(root: str = ".", state: str | None = None) -> None:
     workspace = Workspace.find(Path(root), Path(state) if state else None)
     with workspace_lock(workspace.root, workspace.state), hold_pipeline(workspace):
         context = StageContext.load(workspace)
+        preflight(context)
         run = PipelineRun.current(workspace, context.params)
         with make_pool([whole_machine_slot(context.settings)], context.settings) as pool:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pbkd.errors import ArtifactError
+from pbkd.errors import DISK_FULL_ADVICE, ArtifactError
 
 MARKER = "item.json"
 
@@ -53,6 +54,17 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 # ---------------------------------------------------------------- whole files
+
+
+def check_free_space(folder: Path, size_bytes: int, what: str) -> None:
+    """Raise ArtifactError if the disk of a folder has no room for so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size_bytes > free:
+        raise ArtifactError(
+            f"{what} takes {size_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; "
+            f"{DISK_FULL_ADVICE}"
+        )
 
 
 def _temporary(path: Path) -> Path:
@@ -95,7 +107,13 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, whole or not at all; shared memory is written out twice."""
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(whole, temporary)
+        try:
+            save_file(whole, temporary)
+        except SafetensorError as error:  # it hides the system's error in its text
+            if found := re.search(r"os error (\d+)|code: (\d+)", str(error)):
+                number = int(found[1] or found[2])
+                raise OSError(number, os.strerror(number), str(path)) from error
+            raise
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -139,10 +157,16 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 def link_tree(source: Path, target: Path) -> None:
     """Copy a folder by hard links (by bytes where the file system has none)."""
-    shutil.copytree(source, target, copy_function=_link)
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):  # copytree would hide the system's errors in its own
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            _link(path, copy)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:

@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.table import Table as RichTable
 
 from pbkd._version import __version__
-from pbkd.errors import ConfigError, PbkdError
+from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
 from pbkd.locks import workspace_lock
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ _debug = False
 def main() -> None:
     """Entry point: errors of ours become one line and an exit code."""
     try:
-        app()
+        with disk_errors_explained():
+            app()
     except PbkdError as error:
         if _debug:
             traceback.print_exc()
@@ -116,10 +117,14 @@ def _options(
 
 def _stage(name: str) -> None:
     from pbkd.stages import StageContext, run_stage
+    from pbkd.stages.preflight import preflight
 
     workspace = _workspace()
     with workspace_lock(workspace.root, workspace.state):
-        run_stage(name, StageContext.load(workspace))
+        context = StageContext.load(workspace)
+        if name == "prepare":  # the first of `dvc repro`: what a later stage lacks is known now
+            preflight(context)
+        run_stage(name, context)
 
 
 @app.command(rich_help_panel="Stages")

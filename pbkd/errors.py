@@ -17,6 +17,10 @@ PbkdError
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PbkdError(Exception):
     """Base of every error that pbkd raises for a user's mistake or a failed run."""
@@ -73,3 +77,30 @@ class MissingExtraError(PbkdError):
         super().__init__(
             f"{purpose} needs {library}, which is not installed; run: pip install 'pbkd[{extra}]'"
         )
+
+
+# ---------------------------------------------------------------- what the system refuses
+
+DISK_FULL_ADVICE = (
+    "free some space: `pbkd gc` empties the store, `activations.source: relay` needs no cache"
+)
+_ADVICE = {
+    errno.ENOSPC: DISK_FULL_ADVICE,
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EACCES: "change its owner or mode, or take another folder",
+    errno.EPERM: "change its owner or mode, or take another folder",
+    errno.EROFS: "take a folder that can be written to; PBKD_STATE_DIR moves the state",
+}
+
+
+@contextmanager
+def disk_errors_explained() -> Iterator[None]:
+    """Turn a full disk and a missing permission into ArtifactError with what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise ArtifactError(f"{where}{error.strerror}; {advice}") from error

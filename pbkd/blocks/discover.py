@@ -90,6 +90,12 @@ def find_blocks(net: nn.Module, config: BlocksConfig, x_nchw: Tensor) -> Discove
     selected = _select(net, config)
     calls = _observe(net, selected, x_nchw)
     refused = _refuse(net, selected, calls)
+    overlaps = {path: reason for path, reason in refused.items() if reason.startswith("overlaps")}
+    if config.select == "paths" and overlaps:
+        path, reason = next(iter(overlaps.items()))
+        raise BlockError(
+            f"blocks.paths: {path} {reason}; name one of them only, or put one into blocks.exclude"
+        )
     image = x_nchw[:1]
     total_parameters, total_macs = num_parameters(net), count_macs(net, image)
     facts = []
@@ -243,10 +249,10 @@ def _refuse(net: nn.Module, selected: list[str], calls: dict[str, _Call]) -> dic
         for _, module in net.named_modules(remove_duplicate=False)
         for parameter in module.parameters(recurse=False)
     )
-    refused = {}
-    for path in selected:
+    refused: dict[str, str] = {}
+    for path in sorted(selected):  # a block before those inside it
         module = net.get_submodule(path)
-        parent = next((other for other in selected if path.startswith(other + ".")), None)
+        parents = [p for p in selected if path.startswith(p + ".") and p not in refused]
         tied = sum(owners[id(p)] for p in module.parameters()) > len(list(module.parameters()))
         if len(names[id(module)]) > 1:
             refused[path] = f"shared module: the same as {', '.join(names[id(module)])}"
@@ -258,9 +264,9 @@ def _refuse(net: nn.Module, selected: list[str], calls: dict[str, _Call]) -> dic
             refused[path] = "shares parameters with another module"
         elif calls[path].problem:
             refused[path] = calls[path].problem
-        elif parent is not None:
-            refused[path] = f"overlaps: lies inside {parent}, which is selected too"
-    return refused
+        elif parents:
+            refused[path] = f"overlaps: lies inside {parents[0]}, which is selected too"
+    return {path: refused[path] for path in selected if path in refused}
 
 
 # ---------------------------------------------------------------- facts

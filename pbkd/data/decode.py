@@ -62,6 +62,8 @@ class Fit:
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), bytes):  # else Pillow warns
+        image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -103,13 +105,13 @@ def decode_all(
             place = places[index]
             assert place is not None
             try:
-                image = opener()
+                pixels = fit(opener())
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise anything
                 failed.append((index, f"{type(error).__name__}: {error}"))
                 continue
-            _put(fit(image), place, names[index])
+            _put(pixels, place, names[index])
         return failed
 
     total = sum(place is not None for place in places)

@@ -7,6 +7,7 @@ members are read one at a time, and their sizes are limited.
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,14 @@ _FORMATS = tuple(set(EXTENSIONS.values()))
 MAX_MEMBER_BYTES = 512 * 2**20
 MAX_RATIO = 1000
 _RATIO_COUNTS_FROM = 2**30  # a small archive may well be mostly zeros
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    lzma.LZMAError,
+    zlib.error,
+)
 
 
 def open_folder(path: Path) -> ImageSource:
@@ -97,26 +107,51 @@ class TarSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         limits = _Limits(path)
-        images, folders = [], []
-        with _readable(path), tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isdir():
-                    folders.append(_checked(member.name, path))
-                elif member.isfile() and is_image(member.name):
-                    limits.count(member.name, member.size)
-                    images.append(_checked(member.name, path))
-        self.listing = read_layout(images, folders, str(path))
+        folders: list[str] = []
+        found: dict[str, int] = {}  # of members with one name, the last counts, as for tar itself
+        for number, (_, member) in enumerate(_members(path)):
+            if member.isdir():
+                folders.append(_checked(member.name, path))
+            elif member.isfile() and is_image(member.name):
+                limits.count(member.name, member.size)
+                found[_checked(member.name, path)] = number
+        names = sorted(found)  # as in a folder, so that the seed draws the same splits
+        self._index = {found[name]: index for index, name in enumerate(names)}
+        self.listing = read_layout(names, folders, str(path))
 
     def images(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Opener]]:
         """Index and opener of each wanted image."""
-        index = -1
-        with _readable(self._path), tarfile.open(self._path, "r|*") as archive:
-            for member in archive:
-                if not (member.isfile() and is_image(member.name)):
-                    continue
-                index += 1
-                if wanted[index] and (file := archive.extractfile(member)) is not None:
-                    yield index, partial(_decode, file.read())
+        for number, (archive, member) in enumerate(_members(self._path)):
+            index = self._index.get(number)
+            if index is None or not wanted[index]:
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            with _readable(self._path):
+                content = file.read()
+            yield index, partial(_decode, content)
+
+
+class _Strict(tarfile.TarInfo):
+    """Headers of a tar, of which tarfile itself takes a damaged one for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the mark at the end
+                raise
+            raise tarfile.ReadError(f"header: {error}") from None
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    with _readable(path), tarfile.open(path, "r:*", tarinfo=_Strict) as archive:
+        for member in archive:
+            yield archive, member
+        assert archive.fileobj is not None
+        while archive.fileobj.read(2**20):  # to the checksum of the compressed file
+            pass
 
 
 class ZipSource:
@@ -125,21 +160,24 @@ class ZipSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         limits = _Limits(path)
-        images, folders = [], []
+        folders: list[str] = []
+        found: dict[str, zipfile.ZipInfo] = {}
         with _readable(path), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.is_dir():
                     folders.append(_checked(member.filename, path))
                 elif is_image(member.filename):
                     limits.count(member.filename, member.file_size)
-                    images.append(_checked(member.filename, path))
-        self.listing = read_layout(images, folders, str(path))
+                    found[_checked(member.filename, path)] = member
+        names = sorted(found)
+        self._members = [found[name] for name in names]
+        self.listing = read_layout(names, folders, str(path))
 
     def images(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Opener]]:
         """Index and opener of each wanted image."""
         with _readable(self._path), zipfile.ZipFile(self._path) as archive:
             for index in np.flatnonzero(wanted).tolist():
-                yield index, partial(_decode, archive.read(self.listing.names[index]))
+                yield index, partial(_decode, archive.read(self._members[index]))
 
 
 class _Limits:
@@ -165,23 +203,26 @@ class _Limits:
 
 
 def _checked(name: str, path: Path) -> str:
-    """A member's name, if it stays below the archive's own folder."""
+    """A member's name without `./`, if it stays below the archive's own folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise DataError(
             f"{path}: member `{name}` points outside of the archive; expected relative paths like "
             "train/cat/1.jpg; make the archive anew"
         )
-    return name
+    return str(pure)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+    except _DAMAGED as error:
+        reason = str(error).partition(":\n")[0]  # tarfile lists what it tried
         raise DataError(
-            f"{path} is not a whole archive ({error}); copy it again, or give a folder"
+            f"{path} is not a whole archive ({reason}); copy it again, or give a folder"
         ) from error
-    except RuntimeError as error:  # zipfile's for passwords
-        raise DataError(f"{path} cannot be read: {error}; give an archive without one") from error
+    except RuntimeError as error:  # zipfile's for passwords and unknown compressions
+        raise DataError(
+            f"{path} cannot be read: {error}; make the archive anew, without a password"
+        ) from error

@@ -42,7 +42,9 @@ _EXPECTED = "expected split/class/image (train/cat/1.jpg) or class/image (cat/1.
 def is_image(path: str) -> bool:
     """Whether a path names an image; hidden files and folders do not count."""
     pure = PurePosixPath(path)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in pure.parts)
+    hidden = any(
+        (part.startswith(".") and part != "..") or part == "__MACOSX" for part in pure.parts
+    )
     return not hidden and pure.suffix.lower() in EXTENSIONS
 
 

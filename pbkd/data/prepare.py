@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,8 @@ def _decode(
         array = np.lib.format.open_memmap(
             folder / _images(name), mode="w+", dtype=np.uint8, shape=(len(own), *shape)
         )
+        with (folder / _images(name)).open("r+b") as file:  # a full disk ends a mapping by SIGBUS
+            os.posix_fallocate(file.fileno(), 0, (folder / _images(name)).stat().st_size)
         for row, index in enumerate(own.tolist()):
             places[index] = Place(array, row)
         wanted[own] = True

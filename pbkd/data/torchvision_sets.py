@@ -45,7 +45,7 @@ class TorchvisionSource:
         self, name: str, arguments: Mapping[str, str | int | bool], path: Path, downloads: Path
     ) -> None:
         self._name = name
-        self._kind = _find(name)
+        self._kind = find_set(name)
         parameters = _parameters(self._kind)
         self._parts: list[tuple[str, Any]] = []
         uses_train = "train" in parameters and ("split" not in parameters or "split" in arguments)
@@ -111,7 +111,7 @@ class TorchvisionSource:
             files = ", ".join(_files(self._kind)) or "see torchvision's documentation"
             raise DataError(
                 f"prepare.dataset: {self._name} is neither in {path} nor could it be downloaded "
-                f"({error}); put its files into {path}: {files}"
+                f"({error}); put its files into {_folder(self._kind, downloads)}: {files}"
             ) from error
 
     def _list(self) -> Listing:
@@ -159,7 +159,8 @@ def _image(part: Any, index: int) -> Image.Image:
     return part[index][0]  # type: ignore[no-any-return]
 
 
-def _find(name: str) -> Any:
+def find_set(name: str) -> Any:
+    """The class of a set; DataError with the nearest name where torchvision has none."""
     from torchvision import datasets
 
     known = [entry for entry in datasets.__all__ if inspect.isclass(getattr(datasets, entry))]
@@ -177,6 +178,13 @@ def _parameters(kind: type) -> set[str]:
         if "__init__" in vars(cls):
             names |= set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
     return names
+
+
+def _folder(kind: type, downloads: Path) -> Path:
+    """Where a class that may download looks for the files that it would download."""
+    from torchvision import datasets
+
+    return downloads / kind.__name__ / "raw" if issubclass(kind, datasets.MNIST) else downloads
 
 
 def _files(kind: type) -> list[str]:

@@ -23,6 +23,7 @@ from pbkd.data import Split, Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
 from pbkd.distill.score import SCORE, score
 from pbkd.distill.trainee import WEIGHTS, Trainee, TraineeSpec
+from pbkd.errors import disk_errors_explained
 from pbkd.models import Classifier, ModelCard, Predictions, load_teacher, predict
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def train_and_score(
     store = Store(job.store)
     job.progress.mkdir(parents=True, exist_ok=True)
     what = f"batches of {job.distill.batch_size} images for {len(job.trainees)} candidates"
-    with enough_memory(what, "lower `distill.batch_size`"):
+    with disk_errors_explained(), enough_memory(what, "lower `distill.batch_size`"):
         return _train_and_score(job, _Worker(job, teacher, card, train, val), store)
 
 

@@ -9,9 +9,21 @@ from pbkd.models.checkpoint import (
     save_model,
 )
 from pbkd.models.inference import Predictions, predict
-from pbkd.models.pretrained import Pretrained, load_pretrained, pretrained_transforms
+from pbkd.models.pretrained import (
+    Pretrained,
+    check_weights,
+    load_pretrained,
+    pretrained_transforms,
+)
 from pbkd.models.training import EpochRecord, Recipe, fit
-from pbkd.models.zoo import Classifier, NetworkSpec, build_network, check_network, network_names
+from pbkd.models.zoo import (
+    Classifier,
+    NetworkSpec,
+    build_network,
+    check_name,
+    check_network,
+    network_names,
+)
 
 __all__ = [
     "Classifier",
@@ -23,7 +35,9 @@ __all__ = [
     "Recipe",
     "build_classifier",
     "build_network",
+    "check_name",
     "check_network",
+    "check_weights",
     "fit",
     "load_pretrained",
     "load_teacher",

@@ -19,8 +19,13 @@ from pbkd.config import TeacherConfig
 from pbkd.errors import ArtifactError, TeacherError
 from pbkd.models.checkpoint import CARD, WEIGHTS, read_card
 
-_ENUM_NAME = re.compile(r"\w+_Weights\.\w+")
+_ENUM_NAME = re.compile(r"\w+_Weights\.(?!(?:pt|pth|bin|ckpt|safetensors)$)\w+")
 _NESTED = ("state_dict", "model_state_dict", "model")
+_RENAMED = (  # names in torchvision's files, and what its models call them today
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
 _PREFIXES = ("_orig_mod.", "module.", "net.")  # torch.compile's, DataParallel's, pbkd's
 
 
@@ -77,6 +82,16 @@ def pretrained_transforms(weights: str | None) -> Transforms | None:
     )
 
 
+def check_weights(config: TeacherConfig, root: Path) -> None:
+    """Raise TeacherError if ``teacher.weights`` names nothing; nothing is loaded or downloaded."""
+    if config.weights is None:
+        return
+    if _ENUM_NAME.fullmatch(config.weights):
+        _entry_of(config.weights, config.model)
+    else:
+        _file(root / config.weights)
+
+
 def load_pretrained(
     net: nn.Module, config: TeacherConfig, class_names: tuple[str, ...], root: Path
 ) -> Pretrained:
@@ -96,9 +111,10 @@ def load_pretrained(
         found = _download(name, config.model)
     else:
         found = _read(root / name, config)
-    state = {key: value for key, value in found.state.items() if key in net.state_dict()}
-    unexpected = [key for key in found.state if key not in state]
     own = net.state_dict()
+    given = _renamed(found.state, own)
+    state = {key: value for key, value in given.items() if key in own}
+    unexpected = [key for key in given if key not in state]
     head = _head(net, len(class_names))
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     other_shape = [key for key, value in state.items() if value.shape != own[key].shape]
@@ -117,7 +133,8 @@ def load_pretrained(
             "teacher.epochs is 0; train the new head with epochs from 1 on"
         )
     kept = {key: value for key, value in state.items() if not (has_new_head and key in head)}
-    net.load_state_dict(kept, strict=False)
+    own.update(kept)  # unlike a plain dict, it has the modules' versions, which some ask for
+    net.load_state_dict(own)
     return Pretrained(has_new_head, found.mean, found.std)
 
 
@@ -184,7 +201,8 @@ def _enum_entry(name: str) -> Any:
     return entry
 
 
-def _download(name: str, model: str) -> _Found:
+def _entry_of(name: str, model: str) -> Any:
+    """The weights of a name, if they are the model's."""
     from torchvision import models
 
     entry = _enum_entry(name)
@@ -195,17 +213,22 @@ def _download(name: str, model: str) -> _Found:
             f"teacher.weights: {name} is not of teacher.model `{model}`; name torchvision's model "
             "to which the weights belong"
         )
+    return entry
+
+
+def _download(name: str, model: str) -> _Found:
+    entry = _entry_of(name, model)
     transforms = pretrained_transforms(name)
     assert transforms is not None
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        state = entry.get_state_dict(progress=False, check_hash=True)
+        state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError) as error:
         raise TeacherError(
             f"teacher.weights: {name} cannot be downloaded ({error}); without a network, put "
             f"{Path(entry.url).name} into {folder}, or give a file's path"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise TeacherError(
             f"teacher.weights: {name}: {error}; delete {Path(entry.url).name} in {folder}"
         ) from error
@@ -216,7 +239,7 @@ def _download(name: str, model: str) -> _Found:
 # ---------------------------------------------------------------- files
 
 
-def _read(path: Path, config: TeacherConfig) -> _Found:
+def _file(path: Path) -> Path:
     if path.is_dir():
         path = path / WEIGHTS
     if not path.is_file():
@@ -224,6 +247,11 @@ def _read(path: Path, config: TeacherConfig) -> _Found:
             f"teacher.weights: {path} does not exist; expected a file of safetensors or "
             "torch.save, or torchvision's name, such as ResNet18_Weights.IMAGENET1K_V1"
         )
+    return path
+
+
+def _read(path: Path, config: TeacherConfig) -> _Found:
+    path = _file(path)
     state = _tensors(path)
     class_names = mean = std = None
     if path.name == WEIGHTS and path.with_name(CARD).is_file():  # a model that pbkd wrote
@@ -236,7 +264,7 @@ def _read(path: Path, config: TeacherConfig) -> _Found:
             )
     if {"mean", "std"} <= state.keys():
         mean, std = (tuple(state.pop(name).flatten().tolist()) for name in ("mean", "std"))
-    return _Found(_without_prefix(state), class_names, mean, std)
+    return _Found(state, class_names, mean, std)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -249,8 +277,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise TeacherError(
-            f"teacher.weights: {path} holds more than tensors, and code in it is not run; save "
-            "the weights alone, where you trust the file: torch.save(model.state_dict(), ...)"
+            f"teacher.weights: {path} is no file of torch.save, or holds more than tensors, and "
+            "code in it is not run; save the weights alone, where you trust the file: "
+            "torch.save(model.state_dict(), ...)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise TeacherError(
@@ -259,7 +288,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise TeacherError(
             f"teacher.weights: {path} holds {type(content).__name__}, expected tensors by name, as "
             "model.state_dict() gives them"
@@ -267,8 +298,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the network has them, where they differ by a prefix or by torchvision's age."""
+    renamed = dict(state)
+    while renamed and not any(name in own for name in renamed):
+        prefix = next((p for p in _PREFIXES if all(n.startswith(p) for n in renamed)), None)
+        if prefix is None:
+            break
+        renamed = {name.removeprefix(prefix): value for name, value in renamed.items()}
+    for pattern, new in _RENAMED:
+        renamed = {
+            name if name in own else pattern.sub(new, name): value
+            for name, value in renamed.items()
+        }
+    return renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -149,8 +150,10 @@ class _Run:
             "best_accuracy": self.best_accuracy,
             "best_state": self.best_state,
         }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # into a file, it would hide why it fails
         with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint if there is one; a damaged one is left aside."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import importlib.util
 import warnings
 
 import torch
@@ -71,17 +72,35 @@ def build_network(spec: NetworkSpec, *, allow_code: bool = False) -> nn.Module:
         )
     if ":" in spec.name:
         return _user_network(spec, allow_code)
-    if spec.name in _torchvision_names():
-        return _torchvision_network(spec)
+    check_name(spec.name)
+    return _torchvision_network(spec)
+
+
+def check_name(name: str) -> None:
+    """Raise TeacherError if no network has this name; a function's module is looked for only."""
+    if ":" in name:
+        module = name.partition(":")[0]
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise TeacherError(
+                f"teacher.model: {name}: there is no module {module} beside params.yaml or on the "
+                "Python path"
+            )
+        return
     known = network_names()
-    nearest = difflib.get_close_matches(spec.name, known, n=1)
+    if name in known:
+        return
+    nearest = difflib.get_close_matches(name, known, n=1)
     own = ", ".join([*_VGG_LAYOUTS, *_RESNETS])
     hint = (
         f"did you mean `{nearest[0]}`?"
         if nearest
         else f"known are {own}, torchvision's classification models, and package.module:function"
     )
-    raise TeacherError(f"teacher.model: unknown network `{spec.name}`; {hint}")
+    raise TeacherError(f"teacher.model: unknown network `{name}`; {hint}")
 
 
 def check_network(net: nn.Module, spec: NetworkSpec, image_size: tuple[int, int]) -> None:

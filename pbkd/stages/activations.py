@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd.activations import Capture, cache_bytes, cache_keys, fill_cache
 from pbkd.activations.cache import KIND
-from pbkd.artifacts import Workspace, atomic_dir, link_tree, read_json, write_json
+from pbkd.artifacts import (
+    Workspace,
+    atomic_dir,
+    check_free_space,
+    link_tree,
+    read_json,
+    write_json,
+)
 from pbkd.blocks import Discovery
 from pbkd.config import ActivationsConfig
 from pbkd.data import Prepared, Stream
@@ -80,8 +87,13 @@ def _fill(
     paths = [block.path for block in discovery.blocks]
     keys = cache_keys(card, config, seed, paths)
     store = context.workspace.store
-    if all(store.has(KIND, key) for key in keys.values()):
+    missing = [name for name, key in keys.items() if not store.has(KIND, key)]
+    if not missing:
         return keys
+    num = prepared.meta.num_images
+    size = cache_bytes(discovery.blocks, config, num["train"], num["val"])
+    size = size * len(missing) // len(keys)
+    check_free_space(store.root, size, "the cache of activations")
     train, val = (
         Stream(
             prepared.split(name),

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd.artifacts import Workspace, read_json, write_json
 from pbkd.config import Params, load_params
-from pbkd.errors import ArtifactError
+from pbkd.devices import enough_memory
+from pbkd.errors import ArtifactError, disk_errors_explained
 from pbkd.measure import EnergyMeter
 from pbkd.settings import Settings
 
@@ -96,7 +97,12 @@ def run_stage(name: str, context: StageContext) -> None:
     """
     assert name in STAGES, name
     module = importlib.import_module(f"pbkd.stages.{name}")
-    with recorded(name, context.workspace):
+    advice = "lower its batch size, or prepare.size, or end other programs"
+    with (
+        disk_errors_explained(),
+        enough_memory(f"stage {name}", advice),
+        recorded(name, context.workspace),
+    ):
         module.run(context)
 
 

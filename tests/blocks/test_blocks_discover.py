@@ -63,7 +63,9 @@ def test_residual_selects_the_blocks_of_pbkd_and_of_torchvision() -> None:
 
 
 def _resnet() -> nn.Module:
-    return CifarResNet(2, NetworkSpec(name="", num_classes=3, in_channels=4, width=0.25))
+    return CifarResNet(
+        (16, 32, 64), 2, NetworkSpec(name="", num_classes=3, in_channels=4, width=0.25)
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,13 +222,33 @@ def test_a_block_that_shares_parameters_is_refused(tie: Callable[[Around], None]
     assert refused == {"block": "shares parameters with another module"}
 
 
-def test_of_parent_and_child_the_child_is_refused() -> None:
+@pytest.mark.parametrize("paths", [("block.0", "block"), ("stem", "block", "block.2.0")])
+def test_paths_that_overlap_are_an_error(paths: tuple[str, ...]) -> None:
     net = Around(nn.Sequential(_conv(), nn.ReLU(), nn.Sequential(_conv())))
-    config = BlocksConfig(select="paths", paths=("stem", "block.0", "block", "block.2.0"))
-    discovery = find_blocks(net, config, X_NCHW)
-    assert _paths(discovery) == ["stem", "block"]
+    config = BlocksConfig(select="paths", paths=paths)
+    with pytest.raises(BlockError, match=r"paths: block\..* lies inside block, .* name one of"):
+        find_blocks(net, config, X_NCHW)
+
+
+def test_a_residual_block_within_another_is_refused() -> None:
+    inner = BasicBlock(4, 4, 1)
+    outer = BasicBlock(4, 4, 1)
+    outer.conv1 = nn.Sequential(outer.conv1, inner)  # type: ignore[assignment]
+    outer.conv3 = _conv()
+    outer.downsample = nn.Sequential(_conv())
+    discovery = find_blocks(Around(outer), BlocksConfig(select="residual"), X_NCHW)
+    assert _paths(discovery) == ["block"]
     reason = "overlaps: lies inside block, which is selected too"
-    assert _refused(discovery) == {"block.0": reason, "block.2.0": reason}
+    assert _refused(discovery) == {"block.conv1.1": reason}
+
+
+def test_a_block_inside_a_refused_one_is_kept() -> None:
+    inner = _conv()
+    net = Around(nn.Sequential(inner), lambda block, x: block(block(x)))
+    config = BlocksConfig(select="paths", paths=("stem", "block", "block.0"))
+    assert _paths(find_blocks(net, config, X_NCHW)) == ["stem"]  # called twice, both
+    unused = Around(nn.Sequential(inner), lambda block, x: block[0](x))
+    assert _paths(find_blocks(unused, config, X_NCHW)) == ["stem", "block.0"]
 
 
 def test_a_path_that_begins_like_another_is_no_overlap() -> None:

@@ -19,7 +19,7 @@ def _network(name: str) -> nn.Module:
     if name == "overwriting":
         return OverwritingNet().eval()
     spec = NetworkSpec(name=name, num_classes=3, in_channels=1, width=0.1)
-    return (CifarResNet(2, spec) if name == "resnet" else build_network(spec)).eval()
+    return (CifarResNet((16, 32, 64), 2, spec) if name == "resnet" else build_network(spec)).eval()
 
 
 PATHS = {
