@@ -9,7 +9,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.distill import distill, make_pool
+from flows.distill import distill, is_worth_a_retry, make_pool
 from flows.dvc_gate import gate, hold_pipeline
 from flows.pool import WorkerPool
 from flows.slots import whole_machine_slot
@@ -44,16 +44,18 @@ def compress(root: str = ".", state: str | None = None) -> None:
         with make_pool([whole_machine_slot(context.settings)], context.settings) as pool:
             try:
                 for name in STAGES:
-                    _run(name, workspace, pool)
+                    _run(name, workspace, pool, context.settings.retries)
             except BaseException:
                 run.end(failed=True)
                 raise
         run.end()
 
 
-def _run(name: str, workspace: Workspace, pool: WorkerPool) -> None:
+def _run(name: str, workspace: Workspace, pool: WorkerPool, retries: int) -> None:
     if name != "distill":
-        named: Any = stage.with_options(name=name, task_run_name=name)
+        named: Any = stage.with_options(
+            name=name, task_run_name=name, retries=retries, retry_delay_seconds=1
+        )
         named(name, _Place(workspace, pool))
         return
     # a sub-flow cannot run inside a task, so the gate is held here
@@ -73,7 +75,7 @@ class _Place:
         self.pool = pool
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_worth_a_retry)
 def stage(name: str, place: _Place) -> Any:
     """Run one stage in the worker pool unless DVC says that it is up to date."""
     workspace, pool = place.workspace, place.pool

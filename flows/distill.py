@@ -43,7 +43,7 @@ _POLL_S = 0.2
 _MAX_TASKS = 4096
 
 
-def _is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     """A crashed or hung worker is; a user's mistake will not go away."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, JobError) and not isinstance(error, PoolClosedError)
@@ -54,7 +54,7 @@ def _is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     task_run_name="{block}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retry_condition_fn=_is_worth_a_retry,
+    retry_condition_fn=is_worth_a_retry,
 )
 def distill_block(block: str, fan_out: FanOut) -> Any:
     """Train and score the candidates of one block; at once where the store holds them."""
@@ -84,6 +84,7 @@ def distill(root: str, state: str, params: str) -> None:
     context = StageContext.load(Workspace(Path(root), Path(state)), Path(params))
     settings, workspace = context.settings, context.workspace
     with recorded("distill", workspace):
+        workspace.sweep()
         slots = worker_slots(settings)
         plan = plan_distill(context, len(slots))
         run = PipelineRun.current(workspace, context.params)

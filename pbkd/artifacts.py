@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,16 +68,39 @@ def check_free_space(folder: Path, size_bytes: int, what: str) -> None:
         )
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that no other writer uses at the same time."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{writer}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders, at any depth, of writers that were killed here."""
+    for path in list(folder.rglob(".*.tmp")):
+        found = re.fullmatch(r".*\.(.+)-(\d+)-\d+\.tmp", path.name)
+        if found is None or found[1] != socket.gethostname() or _is_alive(int(found[2])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -143,7 +167,7 @@ def _jsonable(value: Any) -> Any:
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``path`` on success and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -267,6 +291,11 @@ class Workspace:
         root = (root or Path.cwd()).resolve()
         dvc_root = Path(os.environ.get("DVC_ROOT", root))
         return cls(root, (state or dvc_root / ".pbkd").resolve())
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written."""
+        for folder in (self.root / "artifacts", self.prepared.parent, self.results, self.state):
+            sweep(folder)
 
     @property
     def params(self) -> Path:

@@ -290,10 +290,11 @@ def report() -> None:
 
 @app.command()
 def gc() -> None:
-    """Empty the store of finished trainees and cache shards; DVC's outputs stay."""
+    """Empty the store of finished trainees and cache shards, and checkpoints; outputs stay."""
     workspace = _workspace()
     with workspace_lock(workspace.root, workspace.state):
         shutil.rmtree(workspace.store.root, ignore_errors=True)
+        shutil.rmtree(workspace.state / "checkpoints", ignore_errors=True)
     print(f"emptied {workspace.store.root}")
 
 

@@ -13,8 +13,9 @@ from pbkd.stages import STAGES, StageContext, run_stage
 
 TINY_PARAMS = """\
 seed: 0
-prepare: {source: digits, size: 8}
-teacher: {model: vgg_small, width: 0.25, epochs: 3, batch_size: 64, augment: {pad: 1}}
+prepare: {source: digits, path: data/raw, size: 8}
+teacher:
+  {model: vgg_small, weights: null, width: 0.25, epochs: 3, batch_size: 64, augment: {pad: 1}}
 blocks: {select: convs, exclude: [features.0]}
 activations: {source: cache, views: 2, chunk: 500}
 distill: {epochs: 2}

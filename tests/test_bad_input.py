@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_while_the_cache_is_written_leaves_nothing_half(
         thread.join()
     for marker in own.store.root.rglob("item.json"):
         own.store.verify(KIND, marker.parent.name)
-    assert not list(small_disk.rglob("*.partial"))
+    assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "other").unlink()
     run_stage("activations", StageContext.load(own))
     assert (workspace.artifacts("activations") / "activations.json").is_file()

@@ -24,6 +24,7 @@ from pbkd.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    temporary_path,
     write_marker,
 )
 from pbkd.blocks import BlockFacts
@@ -123,7 +124,7 @@ def _fill_view(
     view: int | str,
     batch_size: int,
 ) -> None:
-    folders = {path: store.root / KIND / f".{key}.partial" for path, key in missing.items()}
+    folders = {path: temporary_path(store.path(KIND, key)) for path, key in missing.items()}
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

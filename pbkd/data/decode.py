@@ -26,7 +26,8 @@ from pbkd.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 32  # images per task: handing over one by one costs as much as decoding a small one
+_BATCH = 8  # images per task: handing over one by one costs as much as decoding a small one
+_MAX_THREADS = 16  # each keeps two tasks' files in memory
 _LOG_EVERY_S = 10.0
 
 
@@ -97,7 +98,7 @@ def decode_all(
             than its place.
     """
     corrupt: list[int] = []
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
 
     def work(batch: list[tuple[int, Opener]]) -> list[tuple[int, str]]:
         failed = []
@@ -120,7 +121,7 @@ def decode_all(
         try:
             for batch in _batches(iter(images)):
                 pending.append((len(batch), threads.submit(work, batch)))
-                if len(pending) > 4 * num_threads:
+                if len(pending) > 2 * num_threads:
                     corrupt += _done(pending, names, on_corrupt, advance)
             while pending:
                 corrupt += _done(pending, names, on_corrupt, advance)

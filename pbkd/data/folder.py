@@ -7,6 +7,7 @@ members are read one at a time, and their sizes are limited.
 from __future__ import annotations
 
 import io
+import logging
 import lzma
 import os
 import tarfile
@@ -25,6 +26,8 @@ from PIL import Image
 from pbkd.data.layout import EXTENSIONS, is_image, read_layout
 from pbkd.data.sources import ImageSource, Opener
 from pbkd.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _FORMATS = tuple(set(EXTENSIONS.values()))
@@ -107,6 +110,7 @@ class TarSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         limits = _Limits(path)
+        num_links = 0
         folders: list[str] = []
         found: dict[str, int] = {}  # of members with one name, the last counts, as for tar itself
         for number, (_, member) in enumerate(_members(path)):
@@ -115,6 +119,10 @@ class TarSource:
             elif member.isfile() and is_image(member.name):
                 limits.count(member.name, member.size)
                 found[_checked(member.name, path)] = number
+            elif is_image(member.name):
+                num_links += 1
+        if num_links:
+            _log.warning("%s: left out %d links and devices; only files are read", path, num_links)
         names = sorted(found)  # as in a folder, so that the seed draws the same splits
         self._index = {found[name]: index for index, name in enumerate(names)}
         self.listing = read_layout(names, folders, str(path))

@@ -69,11 +69,10 @@ def read_layout(paths: Sequence[str], folders: Iterable[str], where: str) -> Lis
     parts = [PurePosixPath(path).parts for path in paths]
     depth = _wrapping_folders(parts)
     inner = [own[depth:] for own in parts]
-    has_splits = _has_splits(inner)
+    _check_depth(paths, inner, 2, where)
+    has_splits = _has_splits(inner, where)
     level = 1 if has_splits else 0
-    loose = next((path for path, own in zip(paths, inner, strict=True) if len(own) < level + 2), "")
-    if loose:
-        raise DataError(f"{where}: {loose} lies in no class folder; {_EXPECTED}")
+    _check_depth(paths, inner, level + 2, where)
     prefix = parts[0][:depth]
     empty = _empty_classes(inner, folders, prefix, level)
     if empty:
@@ -95,6 +94,14 @@ def read_layout(paths: Sequence[str], folders: Iterable[str], where: str) -> Lis
     )
 
 
+def _check_depth(
+    paths: Sequence[str], parts: Sequence[tuple[str, ...]], depth: int, where: str
+) -> None:
+    loose = next((path for path, own in zip(paths, parts, strict=True) if len(own) < depth), None)
+    if loose is not None:
+        raise DataError(f"{where}: {loose} lies in no class folder; {_EXPECTED}")
+
+
 def _wrapping_folders(parts: Sequence[tuple[str, ...]]) -> int:
     """How many leading folders hold everything and are neither split nor class."""
     depth = 0
@@ -104,9 +111,18 @@ def _wrapping_folders(parts: Sequence[tuple[str, ...]]) -> int:
     return depth
 
 
-def _has_splits(parts: Sequence[tuple[str, ...]]) -> bool:
-    tops = {own[0].lower() for own in parts}
-    return len(tops) > 1 and tops <= _SPLIT_OF.keys() and "train" in map(_SPLIT_OF.get, tops)
+def _has_splits(parts: Sequence[tuple[str, ...]], where: str) -> bool:
+    tops = {own[0] for own in parts}
+    others = {name for name in tops if name.lower() not in _SPLIT_OF}
+    splits = {_SPLIT_OF[name.lower()] for name in tops - others}
+    if len(splits) > 1 and others and "train" in splits:
+        raise DataError(
+            f"{where}: {min(others)} lies beside {' and '.join(sorted(tops - others))}; expected "
+            "splits only, or classes only; move it elsewhere"
+        )
+    if len(splits) > 1 and not others and "train" not in splits:
+        raise DataError(f"{where}: {' and '.join(sorted(tops))}, but no train; {_EXPECTED}")
+    return len(splits) > 1 and not others
 
 
 def _splits(parts: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dtype[np.str_]]:

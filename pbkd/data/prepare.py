@@ -134,16 +134,30 @@ def _images(split: str) -> str:
 
 def _split(listing: Listing, config: PrepareConfig, seed: int) -> dict[str, NDArray[np.int64]]:
     """Indices of each split's images, shuffled; what the source does not split, the seed does."""
-    order = np.random.default_rng(derive_seed(seed, "split")).permutation(len(listing))
+    rng = np.random.default_rng(derive_seed(seed, "split"))
+    order = rng.permutation(len(listing))
     given = np.full(len(order), "train") if listing.splits is None else listing.splits[order]
     rows = {name: order[given == name] for name in SPLITS}
-    if not len(rows["test"]):
-        num_test = round(len(order) * config.test_fraction)
-        rows["test"], rows["train"] = np.split(rows["train"], [num_test])
-    if not len(rows["val"]):
-        num_val = round(len(rows["train"]) * config.val_fraction)
-        rows["val"], rows["train"] = np.split(rows["train"], [num_val])
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if not len(rows[name]):
+            drawn = _draw(listing.labels[rows["train"]], fraction, rng)
+            rows[name], rows["train"] = rows["train"][drawn], rows["train"][~drawn]
     return {name: own[: config.limit] for name, own in rows.items()}
+
+
+def _draw(
+    labels: NDArray[np.int64], fraction: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """A fraction of all, the same share of each class, at least one image."""
+    share_before = np.zeros(len(labels))
+    classes = np.unique(labels)
+    for label in classes:
+        own = np.flatnonzero(labels == label)
+        share_before[rng.permutation(own)] = np.arange(len(own)) / len(own)
+    num = max(round(len(labels) * fraction), len(classes))
+    drawn = np.zeros(len(labels), bool)
+    drawn[np.argsort(share_before, kind="stable")[:num]] = True
+    return drawn
 
 
 def _check_classes(listing: Listing, rows: dict[str, NDArray[np.int64]]) -> None:

@@ -64,7 +64,10 @@ class TorchvisionSource:
                 self._parts.append((split, part))
         found = [split for split, _ in self._parts]
         if "train" not in found:
-            raise DataError(f"prepare.dataset: {name} has no training split")
+            raise DataError(
+                f"prepare.dataset: {name} has no training split; some sets need "
+                "prepare.arguments, as EMNIST does: {split: balanced}"
+            )
         if len(found) == 2:
             self._parts = [(s if s == "train" else "test", part) for s, part in self._parts]
         self._starts = np.cumsum([0, *(len(part) for _, part in self._parts)])
@@ -130,29 +133,34 @@ class TorchvisionSource:
         classes = [str(name) for name in known or range(max(labels) + 1)]
         if max(labels) >= len(classes):
             raise DataError(f"prepare.dataset: {self._name}: label {max(labels)} has no class name")
+        present, numbers = np.unique(np.array(labels, np.int64), return_inverse=True)
         is_gray = image.mode in ("1", "L", "I", "I;16", "F")
         return Listing(
-            class_names=tuple(classes),
+            class_names=tuple(classes[label] for label in present),  # EMNIST has one without images
             names=tuple(names),
-            labels=np.array(labels, np.int64),
+            labels=numbers.astype(np.int64),
             splits=np.array(splits),
             channels=1 if is_gray else 3,
         )
 
     def _labels(self, part: Any) -> list[int]:
-        for name in ("targets", "labels", "_labels"):  # without decoding the images
+        for name in ("targets", "labels", "_labels", "_samples"):  # without decoding the images
             known = getattr(part, name, None)
-            if known is not None and len(known) == len(part):
-                values = np.asarray(known)
-                break
-        else:
-            values = np.asarray([part[index][1] for index in range(len(part))])
-        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
+            if name == "_samples" and known:
+                known = [sample[1] for sample in known]
+            if known is not None and len(known) == len(part) and _are_labels(np.asarray(known)):
+                return [int(value) for value in known]
+        values = np.asarray([part[index][1] for index in range(len(part))])
+        if not _are_labels(values):
             raise DataError(
                 f"prepare.dataset: {self._name} is no classification set: expected one class "
                 f"number per image, got {values[:1].tolist()}"
             )
         return [int(value) for value in values]
+
+
+def _are_labels(values: NDArray[Any]) -> bool:
+    return values.ndim == 1 and np.issubdtype(values.dtype, np.integer) and values.min() >= 0
 
 
 def _image(part: Any, index: int) -> Image.Image:

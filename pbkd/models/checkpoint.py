@@ -93,8 +93,12 @@ def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
             f"{folder}: {WEIGHTS} and {CARD} do not belong together, or one was changed; run the "
             "stage that writes them again"
         )
+    own = model.state_dict()
     try:
-        model.load_state_dict(state)
+        if missing := own.keys() - state.keys():
+            raise RuntimeError(f"missing {min(missing)}")
+        own.update(state)  # unlike a plain dict, it has the modules' versions, which some ask for
+        model.load_state_dict(own)
     except RuntimeError as error:
         raise ArtifactError(
             f"{folder / WEIGHTS} does not fit network `{card.network.name}`: {error}"

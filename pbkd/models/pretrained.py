@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ _RENAMED = (  # names in torchvision's files, and what its models call them toda
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
-_PREFIXES = ("_orig_mod.", "module.", "net.")  # torch.compile's, DataParallel's, pbkd's
+# those of torch.compile, DataParallel, pbkd and Lightning
+_PREFIXES = ("_orig_mod.", "module.", "net.", "model.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ def load_pretrained(
             f"{len(other_shape)} have another shape (such as {wrong[0]}); change teacher.model, "
             "teacher.width or the file"
         )
+    if config.head == "new" and not head:
+        raise TeacherError(
+            f"teacher.head: new: {config.model} has no linear layer or convolution that gives the "
+            f"{len(class_names)} logits; leave it at auto"
+        )
     has_new_head = _wants_new_head(config, class_names, found.class_names, other_shape + missing)
     if has_new_head and config.epochs == 0:
         raise TeacherError(
@@ -223,14 +228,15 @@ def _download(name: str, model: str) -> _Found:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (URLError, OSError) as error:
+    except Exception as error:  # a damaged file makes torch raise anything
+        file_name = Path(entry.url).name
+        if (folder / file_name).exists():
+            raise TeacherError(
+                f"teacher.weights: {name}: {error}; delete {file_name} in {folder}"
+            ) from error
         raise TeacherError(
             f"teacher.weights: {name} cannot be downloaded ({error}); without a network, put "
-            f"{Path(entry.url).name} into {folder}, or give a file's path"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise TeacherError(
-            f"teacher.weights: {name}: {error}; delete {Path(entry.url).name} in {folder}"
+            f"{file_name} into {folder}, or give a file's path"
         ) from error
     categories = tuple(entry.meta["categories"])
     return _Found(state, categories, transforms.mean, transforms.std)
@@ -281,10 +287,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             "code in it is not run; save the weights alone, where you trust the file: "
             "torch.save(model.state_dict(), ...)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes torch raise anything
         raise TeacherError(
             f"teacher.weights: {path} is not a whole file of torch.save ({error}); copy it again"
-        ) from None
+        ) from error
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -141,7 +141,13 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on, whole or not at all."""
-        content = {
+        buffer = io.BytesIO()
+        torch.save(self._content(), buffer)  # into a file, it would hide why it fails
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -150,10 +156,6 @@ class _Run:
             "best_accuracy": self.best_accuracy,
             "best_state": self.best_state,
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)  # into a file, it would hide why it fails
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint if there is one; a damaged one is left aside."""
@@ -163,6 +165,9 @@ class _Run:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001  a damaged file makes torch raise anything
             _log.warning("checkpoint %s is damaged (%s); beginning again", path, error)
+            return
+        if not isinstance(content, dict) or content.keys() != self._content().keys():
+            _log.warning("checkpoint %s is of another version; beginning again", path)
             return
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

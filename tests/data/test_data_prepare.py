@@ -99,12 +99,20 @@ def test_loading_gives_what_was_prepared(prepared: Prepared) -> None:
     assert np.array_equal(loaded.split("val").images, prepared.split("val").images)
 
 
-@pytest.mark.parametrize("fraction", [0.0001, 0.002])
-def test_a_split_without_a_class_is_refused(tmp_path: Path, fraction: float) -> None:
-    config = PrepareConfig(size=8, val_fraction=fraction)
-    with pytest.raises(DataError, match="split val: no image of class '"):
-        prepare(config, 0, tmp_path / "prepared")
+def test_a_split_without_a_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="split train: no image of class '"):
+        prepare(PrepareConfig(size=8, limit=9), 0, tmp_path / "prepared")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.1, 0.3])
+def test_the_seed_draws_the_same_share_of_each_class(tmp_path: Path, fraction: float) -> None:
+    config = PrepareConfig(size=8, val_fraction=fraction)
+    prepared = prepare(config, 0, tmp_path / "prepared")
+    counts = {name: np.bincount(prepared.split(name).labels) for name in SPLITS}
+    of_rest = counts["val"] / (counts["val"] + counts["train"])
+    assert counts["val"].min() >= 1
+    assert of_rest == pytest.approx(np.full(10, max(fraction, 10 / 1438)), abs=0.005)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200])

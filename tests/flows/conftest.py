@@ -60,6 +60,7 @@ def _finished_project(
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(REPOSITORY / name, root)
     (root / "params.yaml").write_text(tiny_params)
+    (root / "data" / "raw").mkdir(parents=True)
     project = Project(root, _environment)
     project.run("dvc", "init", "--no-scm", "--quiet")
     for key, value in (
