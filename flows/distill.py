@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -168,7 +169,8 @@ class FanOut:
         with self._lock:
             future = self._futures.get(job.job_id)
             if future is None or future.done():
-                future = self._threads.submit(self._run, job)
+                run = contextvars.copy_context().run  # Prefect's, for what the job logs
+                future = self._threads.submit(run, self._run, job)
                 self._futures[job.job_id] = future
             return future
 

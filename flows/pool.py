@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
+import psutil
+
 from flows.slots import Slot
 from flows.worker import RESULT, log_line, name_of, serve
 from pbkd.errors import JobError, PoolClosedError, WorkspaceBusyError
@@ -38,6 +40,7 @@ T = TypeVar("T")
 
 _POLL_S = 0.1  # how often a running job is looked at
 _WAKE_S = 0.5  # how often a waiting run looks whether the pool was closed
+_CPU_STEP_S = 0.1  # more than the watchdog of a hung child takes in an hour
 _REAP_S = 2.0  # how long a killed child may take to go
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -70,7 +73,8 @@ class SlotPool:
         slots: where to run; names are unique.
         lock_dir: folder of the machine-wide device locks.
         job_timeout_s: a job that runs longer is killed, in seconds.
-        hang_timeout_s: a job whose heartbeat file stays unchanged so long is killed, in seconds.
+        hang_timeout_s: a job is killed whose heartbeat file stays unchanged so long, or, if it has
+            none, that takes no processor time, in seconds.
     """
 
     def __init__(
@@ -218,7 +222,7 @@ class SlotPool:
     def _watch(self, child: _Child, job: str, payload: bytes, heartbeat: Path | None) -> bytes:
         where = f"job {job} on slot {child.slot.name}"
         started = last_sign = time.monotonic()
-        beat = _mtime_ns(heartbeat)
+        beat = _signs_of_life(child, heartbeat)
         try:
             child.pipe.send_bytes(payload)
             while True:
@@ -229,7 +233,7 @@ class SlotPool:
                     log_line(content)
                     last_sign = time.monotonic()
                 now = time.monotonic()
-                if (seen := _mtime_ns(heartbeat)) != beat or heartbeat is None:
+                if (seen := _signs_of_life(child, heartbeat)) != beat:
                     beat, last_sign = seen, now
                 self._check_limits(where, now - started, heartbeat, now - last_sign)
                 # A forked grandchild can hold the pipe open, so its end is no sure sign of death.
@@ -256,8 +260,9 @@ class SlotPool:
                 f"{self._job_timeout_s:g} s; raise PBKD_JOB_TIMEOUT_S or make the job smaller"
             )
         if silent_s > self._hang_timeout_s:
+            sign = "work" if heartbeat is None else f"change of {heartbeat}"
             raise JobError(
-                f"{where} was killed: no change of {heartbeat} for {silent_s:.0f} s, the limit is "
+                f"{where} was killed: no {sign} for {silent_s:.0f} s, the limit is "
                 f"{self._hang_timeout_s:g} s; raise PBKD_HANG_TIMEOUT_S or run the job again"
             )
 
@@ -316,10 +321,14 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _mtime_ns(path: Path | None) -> int | None:
+def _signs_of_life(child: _Child, heartbeat: Path | None) -> int | None:
+    """What changes while a job is alive: its file, or else the processor time that it takes."""
     try:
-        return None if path is None else path.stat().st_mtime_ns
-    except OSError:  # not there yet, or out of reach: no sign of life
+        if heartbeat is not None:
+            return heartbeat.stat().st_mtime_ns
+        times = psutil.Process(child.process.pid).cpu_times()
+        return int((times.user + times.system) / _CPU_STEP_S)
+    except (OSError, psutil.Error):  # not there yet, or out of reach: no sign of life
         return None
 
 

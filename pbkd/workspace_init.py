@@ -28,11 +28,13 @@ _DVC_IGNORE = """\
 .venv/
 """
 _RAW_README = "Your images: split/class/image or class/image. DVC watches this folder.\n"
-_DVC_SETTINGS = {
-    "core.analytics": "false",
-    "core.check_update": "false",
-    "cache.type": "hardlink,symlink",
-}
+_DVC_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+[cache]
+    type = "hardlink,symlink"
+"""
 
 
 def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
@@ -108,8 +110,7 @@ def _git_and_dvc(folder: Path) -> None:
     if not (folder / ".dvc").is_dir():
         at_root = (folder / ".git").exists()
         _dvc(folder, "init", "--quiet", *([] if at_root else ["--subdir"]))
-        for key, value in _DVC_SETTINGS.items():
-            _dvc(folder, "config", key, value)
+        (folder / ".dvc" / "config").write_text(_DVC_CONFIG)
     (folder / ".dvcignore").write_text(_DVC_IGNORE)
 
 

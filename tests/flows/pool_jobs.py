@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,19 @@ def pid() -> int:
 def sleep(duration_s: float) -> float:
     time.sleep(duration_s)
     return duration_s
+
+
+def work(duration_s: float) -> float:
+    """Keep the processor busy."""
+    end = time.monotonic() + duration_s
+    while time.monotonic() < end:
+        pass
+    return duration_s
+
+
+def log(message: str) -> str:
+    logging.getLogger("pbkd.models.training").info(message)
+    return message
 
 
 def hold(pid_file: Path) -> None:

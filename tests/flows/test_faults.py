@@ -102,6 +102,20 @@ def test_a_kill_at_any_stage_costs_nothing_but_time(
     assert leftovers(project) == []
 
 
+def test_a_worker_that_hangs_is_killed_and_its_job_tried_again(
+    project: Project, undisturbed: bytes
+) -> None:
+    edited(project)
+    project = Project(project.root, project.environment | {"PBKD_HANG_TIMEOUT_S": "8"})
+    process = project.start("pbkd", "run")
+    wait_until(lambda: is_at_work(project, "distill"), timeout_s=120)
+    for worker in children_of(process.pid):
+        worker.suspend()
+    finish(process)
+    assert (project.root / "results" / "metrics.json").read_bytes() == undisturbed
+    assert project.is_clean()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("stage", ["teacher", "distill"])
 def test_a_signal_ends_a_run_within_ten_seconds(project: Project, stage: str, name: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -177,6 +178,21 @@ def test_silent_job_is_killed_and_a_beating_one_is_not(tmp_path: Path) -> None:
         assert time.monotonic() - started < 5
         assert workers_of(os.getpid()) == []
         assert pool.run(pool_jobs.add, 1, 1) == 2
+
+
+def test_a_job_without_heartbeat_shows_life_by_its_work(tmp_path: Path) -> None:
+    with make_pool(tmp_path, hang_timeout_s=1.5) as pool:
+        assert pool.run(pool_jobs.work, 4.0) == 4.0
+        with pytest.raises(JobError, match=r"killed: no work for \d s, .* PBKD_HANG_TIMEOUT_S"):
+            pool.run(pool_jobs.sleep, 60.0)
+        assert pool.run(pool_jobs.add, 1, 1) == 2
+
+
+def test_what_a_job_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with make_pool(tmp_path) as pool, caplog.at_level(logging.INFO, logger="pbkd"):
+        assert pool.run(pool_jobs.log, "epoch 1: 50%") == "epoch 1: 50%"
+    mine = [r for r in caplog.records if r.name == "pbkd.models.training"]
+    assert [(r.levelname, r.getMessage()) for r in mine] == [("INFO", "epoch 1: 50%")]
 
 
 def test_long_job_is_killed(tmp_path: Path) -> None:
