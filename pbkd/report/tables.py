@@ -194,10 +194,15 @@ def block_phase_sentence(measured: Measured) -> str:
     if phase is None:
         return f"Block phase: {NOT_MEASURED} (no workers trained blocks on this machine)."
     return (
-        f"Block phase: {phase.num_jobs} jobs on {phase.num_workers} workers, {phase.wall_s:.1f} s; "
+        f"Block phase: {_counted(phase.num_jobs, 'job')} on "
+        f"{_counted(phase.num_workers, 'worker')}, {phase.wall_s:.1f} s; "
         f"{phase.jobs_s:.1f} s of work, speed-up {phase.speedup:.2f}; energy "
         f"{NOT_MEASURED if phase.energy_j is None else joules_text(phase.energy_j) + ' J'}."
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def joules_text(energy_j: float | None) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +187,31 @@ def test_the_seed_decides_the_views() -> None:
     rows = torch.arange(NUM)
     assert torch.equal(_stream().view(0, rows), _stream().view(0, rows))
     assert not torch.equal(_stream().view(0, rows), _stream(seed=1).view(0, rows))
+
+
+LARGER_THAN_MEMORY = """
+import resource, sys
+import numpy as np
+import torch
+from pbkd.config import AugmentConfig
+from pbkd.data import Split, Stream
+
+torch.set_num_threads(1)
+used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**30, used + 2**30))
+images = np.load(sys.argv[1], mmap_mode="r")
+assert images.nbytes > 3 * 2**30
+stream = Stream(
+    Split(images, np.zeros(len(images), np.int64)), seed=0, augment=AugmentConfig(pad=4, flip=True)
+)
+batch = next(stream.epoch(0, 64))
+assert batch.images_nchw.shape == (64, 3, 64, 64)
+assert batch.images_nchw.sum() == 0
+"""
+
+
+def test_a_split_may_be_larger_than_memory(tmp_path: Path) -> None:
+    path = tmp_path / "images.npy"
+    shape = (300_000, 3, 64, 64)
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)  # sparse: no bytes
+    subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(path)], check=True)
