@@ -46,14 +46,14 @@ class PrepareConfig(Section):
     arguments: dict[str, str | int | bool] = Field(
         default_factory=dict, description="more arguments of that class"
     )
-    size: int | None = Field(
+    image_size: int | None = Field(
         None,
         ge=8,
         description="height and width of the prepared images, pixels, by a centre crop; null: of "
         "the transforms of `teacher.weights`, else as they are, if all have one size",
     )
     resize: int | None = Field(
-        None, ge=8, description="shorter side before the crop, pixels; null: `size`"
+        None, ge=8, description="shorter side before the crop, pixels; null: `image_size`"
     )
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: Literal["gray", "rgb"] | None = Field(
@@ -86,8 +86,8 @@ class PrepareConfig(Section):
             raise ValueError("`dataset` needs `source: torchvision`, and the other way round")
         if self.arguments and not self.dataset:
             raise ValueError("`arguments` are those of `dataset`, which is not set")
-        if self.resize is not None and (self.size is None or self.resize < self.size):
-            raise ValueError("`resize` needs a `size` that is not larger")
+        if self.resize is not None and (self.image_size is None or self.resize < self.image_size):
+            raise ValueError("`resize` needs an `image_size` that is not larger")
         return self
 
 

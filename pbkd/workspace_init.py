@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -72,7 +73,8 @@ def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
     if data is None:
         (folder / "data" / "raw" / "README.md").write_text(_RAW_README)
     else:
-        params = params.replace("path: data/raw ", f"path: {_track(folder, data.resolve())} ", 1)
+        path = json.dumps(_track(folder, data.resolve()))  # quoted: names may hold # or :
+        params = params.replace("path: data/raw ", f"path: {path} ", 1)
     (folder / "params.yaml").write_text(params)
     load_params(folder / "params.yaml")
     _write_new(folder / "dvc.yaml", _preset_file("dvc.yaml"))

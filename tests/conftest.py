@@ -13,7 +13,7 @@ from pbkd.stages import STAGES, StageContext, run_stage
 
 TINY_PARAMS = """\
 seed: 0
-prepare: {source: digits, path: data/raw, size: 8}
+prepare: {source: digits, path: data/raw, image_size: 8}
 teacher:
   {model: vgg_small, weights: null, width: 0.25, epochs: 3, batch_size: 64, augment: {pad: 1}}
 blocks: {select: convs, exclude: [features.0]}

@@ -57,7 +57,7 @@ def folder_of_images(workspace: Workspace, classes: dict[str, int]) -> Path:
         for index in range(count):
             pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(raw / name / f"{index:03d}.png")
-    change(workspace, "prepare", source="image_folder", size=None)
+    change(workspace, "prepare", source="image_folder", image_size=None)
     return raw
 
 
@@ -114,10 +114,12 @@ def unknown_module(workspace: Workspace) -> None:
 
 
 def unknown_weights(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.artifacts("teacher"))
     change(workspace, "teacher", weights="ResNet18_Weights.IMAGENET1K_V9")
 
 
 def missing_weights(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.artifacts("teacher"))
     change(workspace, "teacher", weights="weights/none.safetensors")
 
 
@@ -365,7 +367,7 @@ def test_a_disk_without_write_permission_is_told(
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_told(workspace: Workspace) -> None:
-    change(workspace, "prepare", size=64)
+    change(workspace, "prepare", image_size=64)
     run_stage("prepare", StageContext.load(workspace))
     change(workspace, "teacher", width=1.0, batch_size=1200, epochs=1)
     before = outputs(workspace)

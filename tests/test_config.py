@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from pbkd.config import Params, SeparableConfig, load_params
+from pbkd.config import Params, SeparableConfig, _section_in, load_params
 from pbkd.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +143,19 @@ def test_the_repository_loads() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.prepare.source == "digits"
     assert params.register_.name == "pbkd-digits"
+
+
+def test_no_key_has_a_name_that_dvc_leaves_out_of_its_hashes() -> None:
+    """DVC's run cache overlooks `size` and `nfiles`, also in parameters: it would restore outputs
+    of another value."""
+
+    def names(model: type[BaseModel]) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield field.alias or name
+            inner = _section_in(field.annotation)
+            if inner is not None:
+                yield from names(inner)
+
+    found = set(names(Params))
+    assert {"image_size", "pad", "depth"} <= found
+    assert not found & {"size", "nfiles"}

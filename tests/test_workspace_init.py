@@ -92,6 +92,13 @@ def test_the_images_are_tracked_and_prepare_runs_under_dvc(tmp_path: Path, image
     assert "up to date" in run(folder, "dvc", "status", "prepare")
 
 
+def test_a_name_with_signs_of_yaml_stays_whole(tmp_path: Path, images: Path) -> None:
+    odd = images.rename(tmp_path / "my #1: cats & dogs.zip")
+    params = init_workspace(tmp_path / "work space", "image-folder", odd)
+    assert load_params(params).prepare.path == "data/raw/my #1: cats & dogs.zip"
+    assert "prepare" in run(params.parent, "dvc", "stage", "list")
+
+
 def test_a_folder_of_images_becomes_data_raw(tmp_path: Path, images: Path) -> None:
     with zipfile.ZipFile(images) as archive:
         archive.extractall(tmp_path / "plain")

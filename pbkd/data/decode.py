@@ -140,7 +140,7 @@ def _put(pixels: NDArray[np.uint8], place: Place, name: str) -> None:
     if pixels.shape != expected:
         raise DataError(
             f"image {name} is {pixels.shape[2]}x{pixels.shape[1]}, the first one "
-            f"{expected[2]}x{expected[1]}; set prepare.size to bring all to one size"
+            f"{expected[2]}x{expected[1]}; set prepare.image_size to bring all to one size"
         )
     place.array[place.row] = pixels
 

@@ -177,7 +177,7 @@ def _decode(
     """Fill the arrays of all splits; returns the indices of corrupt images."""
     listing = source.listing
     channels = {"gray": 1, "rgb": 3}[config.channels] if config.channels else listing.channels
-    fit = Fit(channels, config.size, config.resize, config.interpolation)
+    fit = Fit(channels, config.image_size, config.resize, config.interpolation)
     shape = _shape(source, rows, fit)
     places: list[Place | None] = [None] * len(listing)
     wanted = np.zeros(len(listing), bool)

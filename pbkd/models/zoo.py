@@ -117,7 +117,7 @@ def check_network(net: nn.Module, spec: NetworkSpec, image_size: tuple[int, int]
     except Exception as error:  # whatever a user's network raises
         raise TeacherError(
             f"teacher.model: {spec.name} cannot take images of {shape}: {error}; change "
-            "prepare.size or prepare.channels, or the network"
+            "prepare.image_size or prepare.channels, or the network"
         ) from error
     expected = (2, spec.num_classes)
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

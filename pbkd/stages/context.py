@@ -98,7 +98,7 @@ def run_stage(name: str, context: StageContext) -> None:
     assert name in STAGES, name
     module = importlib.import_module(f"pbkd.stages.{name}")
     context.workspace.sweep()
-    advice = "lower its batch size, or prepare.size, or end other programs"
+    advice = "lower its batch size, or prepare.image_size, or end other programs"
     with (
         disk_errors_explained(),
         enough_memory(f"stage {name}", advice),

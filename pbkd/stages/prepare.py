@@ -34,11 +34,11 @@ def run(context: StageContext) -> None:
 def _config(config: PrepareConfig, weights: str | None) -> PrepareConfig:
     """Sizes that are not set are those of the teacher's weights, if they are torchvision's."""
     transforms = pretrained_transforms(weights)
-    if config.size is not None or transforms is None:
+    if config.image_size is not None or transforms is None:
         return config
     return config.model_copy(
         update={
-            "size": transforms.size,
+            "image_size": transforms.size,
             "resize": transforms.resize,
             "interpolation": transforms.interpolation,
         }

@@ -402,7 +402,7 @@ def test_sizes_are_those_of_torchvisions_transforms(
     transform = transforms.Compose(
         [transforms.Resize(resize or size, mode), transforms.CenterCrop(size)]
     )
-    settings = {"size": size, "resize": resize, "interpolation": interpolation}
+    settings = {"image_size": size, "resize": resize, "interpolation": interpolation}
     array = _array_of(tmp_path, "1.png", _encoded(image), **settings)
     assert array.shape == (3, size, size)
     assert np.array_equal(array, _chw(transform(image)))
@@ -413,9 +413,9 @@ def test_images_of_different_sizes_need_a_size(tmp_path: Path, settings: dict[st
     root = tmp_path / "root"
     files = _files() | {"dog/5.png": _encoded(_noise(10, 14))}
     _write(root / "raw", files)
-    assert prepare(root, size=8, **settings).image_shape == (3, 8, 8)
+    assert prepare(root, image_size=8, **settings).image_shape == (3, 8, 8)
     _remove(root / "prepared")
-    _fails(root, r"image dog/5\.png is 14x10, the first one 8x8; set prepare\.size")
+    _fails(root, r"image dog/5\.png is 14x10, the first one 8x8; set prepare\.image_size")
 
 
 def test_without_a_size_the_first_image_that_can_be_decoded_gives_it(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ DAMAGED = {
     "EXIF that is none": _encoded(_noise(), exif=b"Exif\0\0nonsense"),
     "format that is not read": _encoded(_noise(), "PCX"),
 }
-SETTINGS: list[dict[str, Any]] = [{}, {"size": 8}]
+SETTINGS: list[dict[str, Any]] = [{}, {"image_size": 8}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -496,7 +496,7 @@ def test_damaged_images_are_left_out_without_a_gap(
         for number, content in zip((0, 3, 4, 8), list(DAMAGED.values())[-5:], strict=False)
     }
     _write(tmp_path / "raw", whole | broken)
-    prepared = prepare(tmp_path, on_corrupt="skip", size=8)
+    prepared = prepare(tmp_path, on_corrupt="skip", image_size=8)
     assert prepared.meta.skipped == tuple(sorted(broken))
     assert _sizes(prepared) == {"train": 14, "val": 18, "test": 10}
     kept = {name: content for name, content in whole.items() if name not in broken}

@@ -16,7 +16,7 @@ from pbkd.data.prepare import SPLITS
 from pbkd.data.sources import DigitsSource
 from pbkd.errors import ArtifactError, DataError
 
-CONFIG = PrepareConfig(size=8)
+CONFIG = PrepareConfig(image_size=8)
 
 
 def prepare(config: PrepareConfig, seed: int, folder: Path) -> Prepared:
@@ -101,13 +101,13 @@ def test_loading_gives_what_was_prepared(prepared: Prepared) -> None:
 
 def test_a_split_without_a_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split train: no image of class '"):
-        prepare(PrepareConfig(size=8, limit=9), 0, tmp_path / "prepared")
+        prepare(PrepareConfig(image_size=8, limit=9), 0, tmp_path / "prepared")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.1, 0.3])
 def test_the_seed_draws_the_same_share_of_each_class(tmp_path: Path, fraction: float) -> None:
-    config = PrepareConfig(size=8, val_fraction=fraction)
+    config = PrepareConfig(image_size=8, val_fraction=fraction)
     prepared = prepare(config, 0, tmp_path / "prepared")
     counts = {name: np.bincount(prepared.split(name).labels) for name in SPLITS}
     of_rest = counts["val"] / (counts["val"] + counts["train"])

@@ -104,7 +104,7 @@ def test_gray_images_of_idx_files(
 @pytest.mark.parametrize(("channels", "num"), [("rgb", 3), ("gray", 1)])
 def test_channels_and_size_may_be_set(tmp_path: Path, channels: str, num: int) -> None:
     _write_mnist(tmp_path / "raw" / "FashionMNIST" / "raw")
-    prepared = prepare(tmp_path, "FashionMNIST", channels=channels, size=32)
+    prepared = prepare(tmp_path, "FashionMNIST", channels=channels, image_size=32)
     assert prepared.image_shape == (num, 32, 32)
 
 

@@ -128,6 +128,15 @@ def test_a_registry_that_lost_its_models_is_filled_again(project: Project) -> No
     assert project.is_clean()
 
 
+def test_another_image_size_is_no_old_result(project: Project) -> None:
+    meta = json.loads((project.root / "data" / "prepared" / "meta.json").read_text())
+    project.edit("image_size: 8", "image_size: 12")
+    output = project.run("dvc", "repro", "prepare")
+    assert "1x12x12" in output
+    after = json.loads((project.root / "data" / "prepared" / "meta.json").read_text())
+    assert after["digest"] != meta["digest"]
+
+
 def test_one_blocks_settings_changed_trains_one_block(project: Project) -> None:
     before = trainee_results(project)
     project.edit(

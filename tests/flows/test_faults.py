@@ -24,7 +24,7 @@ CASES = [
     for victim in VICTIMS
 ]
 LONGER = {  # long enough to be met at work
-    "path: data/raw, size: 8": "path: data/raw, size: 16",
+    "path: data/raw, image_size: 8": "path: data/raw, image_size: 16",
     "epochs: 3, batch_size: 64": "epochs: 6, batch_size: 64",
     "views: 2": "views: 6",
     "distill: {epochs: 2}": "distill: {epochs: 6}",
