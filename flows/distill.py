@@ -23,7 +23,7 @@ from flows.progress import Monitor, log_figures
 from flows.slots import Slot, worker_slots
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, run_job
-from pbkd.errors import JobError, PoolClosedError
+from pbkd.errors import JobError, JobFailedError, PoolClosedError
 from pbkd.locks import device_lock_dir
 from pbkd.measure import (
     EnergyMeter,
@@ -47,7 +47,7 @@ _MAX_TASKS = 4096
 def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     """A crashed or hung worker is; a user's mistake will not go away."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, JobError) and not isinstance(error, PoolClosedError)
+    return isinstance(error, JobError) and not isinstance(error, JobFailedError | PoolClosedError)
 
 
 @task(

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _POLL_S = 0.1  # how often a running job is looked at
 _WAKE_S = 0.5  # how often a waiting run looks whether the pool was closed
-_CPU_STEP_S = 0.1  # more than the watchdog of a hung child takes in an hour
+_CPU_STEP_S, _CPU_SHARE = 0.1, 0.002  # far more than the watchdog of a hung child takes
 _REAP_S = 2.0  # how long a killed child may take to go
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -222,7 +222,8 @@ class SlotPool:
     def _watch(self, child: _Child, job: str, payload: bytes, heartbeat: Path | None) -> bytes:
         where = f"job {job} on slot {child.slot.name}"
         started = last_sign = time.monotonic()
-        beat = _signs_of_life(child, heartbeat)
+        step_s = max(_CPU_STEP_S, _CPU_SHARE * self._hang_timeout_s)
+        beat = _signs_of_life(child, heartbeat, step_s)
         try:
             child.pipe.send_bytes(payload)
             while True:
@@ -233,7 +234,7 @@ class SlotPool:
                     log_line(content)
                     last_sign = time.monotonic()
                 now = time.monotonic()
-                if (seen := _signs_of_life(child, heartbeat)) != beat:
+                if (seen := _signs_of_life(child, heartbeat, step_s)) != beat:
                     beat, last_sign = seen, now
                 self._check_limits(where, now - started, heartbeat, now - last_sign)
                 # A forked grandchild can hold the pipe open, so its end is no sure sign of death.
@@ -321,13 +322,13 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _signs_of_life(child: _Child, heartbeat: Path | None) -> int | None:
-    """What changes while a job is alive: its file, or else the processor time that it takes."""
+def _signs_of_life(child: _Child, heartbeat: Path | None, step_s: float) -> int | None:
+    """What changes while a job is alive: its file, or else its processor time in steps."""
     try:
         if heartbeat is not None:
             return heartbeat.stat().st_mtime_ns
         times = psutil.Process(child.process.pid).cpu_times()
-        return int((times.user + times.system) / _CPU_STEP_S)
+        return int((times.user + times.system) / step_s)
     except (OSError, psutil.Error):  # not there yet, or out of reach: no sign of life
         return None
 

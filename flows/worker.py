@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from flows.slots import Slot
-from pbkd.errors import JobError, PbkdError
+from pbkd.errors import JobError, JobFailedError, PbkdError
 
 RESULT, LOG = b"R", b"L"  # first byte of what a child sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
@@ -113,7 +113,9 @@ class _Failure:
     def error(self, job: str, slot: Slot) -> PbkdError:
         error: PbkdError
         if self.kind is None:
-            error = JobError(f"job {job} on slot {slot.name} failed: {self.args[0]}; see the note")
+            error = JobFailedError(
+                f"job {job} on slot {slot.name} failed: {self.args[0]}; see the note"
+            )
         else:
             error = self.kind.__new__(self.kind, *self.args)
             vars(error).update(self.state)

@@ -6,17 +6,18 @@ The same steps as the stages, on a model and data that are in memory.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -127,6 +128,9 @@ def compress(
         seed=seed,
     )
     splits = _Splits(_split(train, "train"), _split(val, "val"))
+    shapes = [split.images.shape[1:] for split in (splits.train, splits.val)]
+    if shapes[0] != shapes[1]:
+        raise DataError(f"train has images of {shapes[0]}, val of {shapes[1]}; expected one shape")
     teacher, card = _teacher(model, splits, mean, std, settings)
     with ExitStack() as stack:
         if folder is None:
@@ -212,6 +216,9 @@ def _mend(
         {
             "student": tensors_digest(student.state_dict()),
             "teacher": card.digest,
+            "data": card.data_digest,
+            "augment": settings.augment,
+            "replacements": {choice.block: choice.config for choice in choices},
             "config": settings.finetune,
             "seed": settings.seed,
         }
@@ -250,12 +257,13 @@ def _teacher(
     settings: _Settings,
 ) -> tuple[Classifier, ModelCard]:
     channels, height, width = splits.train.images.shape[1:]
-    num_classes = 1 + int(max(splits.train.labels.max(), splits.val.labels.max()))
     mean = tuple(mean) if mean is not None else (0.0,) * channels
     std = tuple(std) if std is not None else (1.0,) * channels
     if len(mean) != channels or len(std) != channels:
         raise ConfigError(f"mean, std: expected {channels} values each, one per channel")
     net = copy.deepcopy(model).cpu()
+    largest = int(max(splits.train.labels.max(), splits.val.labels.max()))
+    num_classes = max(largest + 1, _num_logits(net, splits.train.images.shape[1:]))
     spec = NetworkSpec(name=type(model).__name__, num_classes=num_classes, in_channels=channels)
     check_network(net, spec, (height, width))
     teacher = Classifier(net, mean, std).eval().requires_grad_(False)
@@ -272,9 +280,27 @@ def _teacher(
         class_names=tuple(map(str, range(num_classes))),
         augment=settings.augment,
         data_digest=tensors_digest(arrays),
-        digest=digest_of({"net": tensors_digest(teacher.state_dict()), "code": repr(net)}),
+        digest=digest_of({"net": tensors_digest(teacher.state_dict()), "code": _code(net)}),
     )
     return teacher, card
+
+
+def _num_logits(net: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many classes the model tells apart; 0 where it does not say."""
+    try:
+        with torch.no_grad():
+            return int(copy.deepcopy(net).eval()(torch.zeros(2, *shape)).shape[1])
+    except Exception:  # noqa: BLE001  check_network tells what is wrong
+        return 0
+
+
+def _code(net: nn.Module) -> list[str]:
+    """What of the model's code can be read, so that a changed one is not taken for the old."""
+    sources = []
+    for kind in sorted({type(module) for module in net.modules()}, key=lambda kind: str(kind)):
+        with suppress(OSError, TypeError):
+            sources.append(inspect.getsource(kind))
+    return [repr(net), *sources]
 
 
 def _damage(store: Store, trainee: TraineeSpec) -> Damage:
@@ -312,7 +338,7 @@ def _split(data: Data, name: str) -> Split:
             raise DataError(f"{name}: images of {len(shapes)} shapes, expected one: {shapes}")
         images = np.stack([image for image, _ in pairs])
         labels = np.asarray([int(label) for _, label in pairs])
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
         raise DataError(
             f"{name}: images of shape {images.shape}, expected (N, C, H, W) with 1 or 3 channels"
         )
@@ -336,15 +362,17 @@ def _pairs(data: Any, name: str) -> list[tuple[Any, Any]]:
     return [(image, label) for image, label in items]
 
 
-def _pixels(images: ArrayLike | Tensor, name: str) -> NDArray[np.uint8]:
+def _pixels(images: Any, name: str) -> NDArray[np.uint8]:
     """One or many images as uint8, channels first."""
     if hasattr(images, "getbands"):  # a Pillow image has its channels last
-        array = np.atleast_3d(np.asarray(images)).transpose(2, 0, 1)
+        plain = images if images.mode in ("L", "RGB") else images.convert("RGB")
+        array = np.atleast_3d(np.asarray(plain)).transpose(2, 0, 1)
     else:
-        array = np.asarray(images.cpu() if isinstance(images, Tensor) else images)
-    if array.dtype == np.uint8:
-        return array
-    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+        array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+    if array.dtype == np.uint8 or not array.size:
+        return array.astype(np.uint8)
+    in_range = np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1
+    if not np.issubdtype(array.dtype, np.floating) or not in_range:
         raise DataError(
             f"{name}: {array.dtype} pixels from {array.min():g} to {array.max():g}, expected uint8 "
             "or floats in [0, 1]; give normalisation by `mean` and `std`, not in the data"

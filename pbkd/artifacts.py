@@ -75,10 +75,11 @@ def temporary_path(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files and folders, at any depth, of writers that were killed here."""
-    for path in list(folder.rglob(".*.tmp")):
-        found = re.fullmatch(r".*\.(.+)-(\d+)-\d+\.tmp", path.name)
-        if found is None or found[1] != socket.gethostname() or _is_alive(int(found[2])):
+    """Remove a folder's temporary files and folders whose writers were killed on this host."""
+    name = re.compile(rf".*\.{re.escape(socket.gethostname())}-(\d+)-\d+\.tmp")
+    for path in list(folder.glob(".*.tmp")):
+        found = name.fullmatch(path.name)
+        if found is None or _is_alive(int(found[1])):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -294,7 +295,9 @@ class Workspace:
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
-        for folder in (self.root / "artifacts", self.prepared.parent, self.results, self.state):
+        outputs, state = self.root / "artifacts", self.state
+        inner = [*outputs.glob("*/"), *state.glob("*/"), *state.glob("*/*/")]
+        for folder in (outputs, self.prepared.parent, self.results, state, *inner):
             sweep(folder)
 
     @property

@@ -116,6 +116,7 @@ def _options(
 
 
 def _stage(name: str) -> None:
+    _use_device()
     from pbkd.stages import StageContext, run_stage
     from pbkd.stages.preflight import preflight
 
@@ -185,6 +186,7 @@ def evaluate(
     remeasure: Annotated[bool, typer.Option(help="Measure latency anew on this machine.")] = False,
 ) -> None:
     """Measure teacher and students, write results/."""
+    _use_device()
     from pbkd.stages import StageContext, run_stage
     from pbkd.stages.evaluate import forget_measurements
 
@@ -223,7 +225,7 @@ def init(
     params = init_workspace(folder, preset, data)
     print(f"workspace {_shown(params.parent)}: preset {preset}, images in {data_path(params)}")
     if data is None and preset != "digits":
-        print(f"put your images into {_shown(params.parent / data_path(params))}")
+        print(f"put your images into {_shown(params.parent / data_path(params))}, then: dvc add")
     print(f"next: cd {_shown(params.parent)}; look at params.yaml; pbkd run")
 
 
@@ -299,6 +301,19 @@ def gc() -> None:
 
 
 # ---------------------------------------------------------------- what verbs share
+
+
+def _use_device() -> None:
+    """Obey PBKD_DEVICE in this process; before torch is imported."""
+    from pbkd.settings import Settings
+
+    settings = Settings.from_env()
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif settings.device == "cuda":
+        from flows.slots import whole_machine_slot
+
+        whole_machine_slot(settings)
 
 
 def _workspace() -> Workspace:

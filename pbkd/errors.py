@@ -9,6 +9,7 @@ PbkdError
 ├── ArtifactError      a file is missing, truncated or of another run
 ├── TrainingError      training went wrong (NaN, out of memory)
 ├── JobError           a worker's job crashed, hung or failed
+│   ├── JobFailedError  a job raised what is no error of ours; it would raise it again
 │   └── PoolClosedError the run is ending, no job is tried again
 ├── WorkspaceBusyError another process holds the workspace or a device
 ├── TrackingError      MLflow refused
@@ -56,6 +57,10 @@ class TrainingError(PbkdError):
 
 class JobError(PbkdError):
     """A worker's job crashed, hung or failed."""
+
+
+class JobFailedError(JobError):
+    """A job raised what is no error of ours; it would raise it again."""
 
 
 class PoolClosedError(JobError):

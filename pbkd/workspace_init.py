@@ -28,7 +28,7 @@ _DVC_IGNORE = """\
 .pbkd/
 .venv/
 """
-_RAW_README = "Your images: split/class/image or class/image. DVC watches this folder.\n"
+_RAW_README = "The digits come with scikit-learn; images of your own would lie here.\n"
 _DVC_CONFIG = """\
 [core]
     analytics = false
@@ -64,16 +64,21 @@ def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
     if data is not None and not data.exists():
         raise DataError(f"--data: {data} does not exist; expected a folder, .tar.gz or .zip")
     folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder for the workspace")
+    if data is not None and folder.is_relative_to(data.resolve()):
+        raise DataError(f"--data: {data} holds the workspace itself; choose another folder")
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ArtifactError(f"{folder} has a {name} already; choose another folder")
     (folder / "data" / "raw").mkdir(parents=True, exist_ok=True)
     _git_and_dvc(folder)
     params = _preset_file(f"{preset}.yaml")
-    if data is None:
-        (folder / "data" / "raw" / "README.md").write_text(_RAW_README)
-    else:
-        path = json.dumps(_track(folder, data.resolve()))  # quoted: names may hold # or :
+    if preset == "digits":  # an empty folder would be missing in a clone
+        _write_new(folder / "data" / "raw" / "README.md", _RAW_README)
+    if data is not None:
+        # quoted: names may hold # or :
+        path = json.dumps(_track(folder, data.resolve()), ensure_ascii=False)
         params = params.replace("path: data/raw ", f"path: {path} ", 1)
     (folder / "params.yaml").write_text(params)
     load_params(folder / "params.yaml")
@@ -95,7 +100,7 @@ def _preset_file(name: str) -> str:
 def _write_new(path: Path, text: str) -> None:
     """Write a file, or add to one that is there what it lacks."""
     old = path.read_text() if path.is_file() else ""
-    if path.name == ".gitignore":
+    if path.name in (".gitignore", ".dvcignore"):
         lines = old.splitlines()
         text = (
             "\n".join([*lines, *(line for line in text.splitlines() if line not in lines)]) + "\n"
@@ -113,7 +118,7 @@ def _git_and_dvc(folder: Path) -> None:
         at_root = (folder / ".git").exists()
         _dvc(folder, "init", "--quiet", *([] if at_root else ["--subdir"]))
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG)
-    (folder / ".dvcignore").write_text(_DVC_IGNORE)
+    _write_new(folder / ".dvcignore", _DVC_IGNORE)
 
 
 def _track(folder: Path, data: Path) -> str:

@@ -65,6 +65,8 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     if isinstance(image.info.get("transparency"), bytes):  # else Pillow warns
         image = image.convert("RGBA")
+    if image.mode == "F":  # Pillow would make black of pixels in [0, 1]
+        raise ValueError("pixels are floating-point numbers, expected 8 or 16 bits")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -109,7 +111,11 @@ def decode_all(
                 pixels = fit(opener())
             except MemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise anything
+            except Exception as error:  # a damaged file makes Pillow raise anything
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault
+                    raise DataError(
+                        f"image {names[index]} cannot be read: {error.strerror}; run it again"
+                    ) from error
                 failed.append((index, f"{type(error).__name__}: {error}"))
                 continue
             _put(pixels, place, names[index])

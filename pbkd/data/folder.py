@@ -114,10 +114,10 @@ class TarSource:
         folders: list[str] = []
         found: dict[str, int] = {}  # of members with one name, the last counts, as for tar itself
         for number, (_, member) in enumerate(_members(path)):
+            limits.count(member.name, member.size)
             if member.isdir():
                 folders.append(_checked(member.name, path))
             elif member.isfile() and is_image(member.name):
-                limits.count(member.name, member.size)
                 found[_checked(member.name, path)] = number
             elif is_image(member.name):
                 num_links += 1

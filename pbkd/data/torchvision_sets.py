@@ -130,7 +130,7 @@ class TorchvisionSource:
                 f"prepare.dataset: {self._name} gives {type(image).__name__}, expected images"
             )
         known = getattr(self._parts[0][1], "classes", None)
-        classes = [str(name) for name in known or range(max(labels) + 1)]
+        classes = [_first(name) for name in known or range(max(labels) + 1)]
         if max(labels) >= len(classes):
             raise DataError(f"prepare.dataset: {self._name}: label {max(labels)} has no class name")
         present, numbers = np.unique(np.array(labels, np.int64), return_inverse=True)
@@ -157,6 +157,11 @@ class TorchvisionSource:
                 f"number per image, got {values[:1].tolist()}"
             )
         return [int(value) for value in values]
+
+
+def _first(name: Any) -> str:
+    """A class's name; ImageNet has a tuple of synonyms."""
+    return str(name[0] if isinstance(name, tuple) else name)
 
 
 def _are_labels(values: NDArray[Any]) -> bool:

@@ -156,7 +156,11 @@ class _Worker:
         if self._predictions is None:
             limit = self.spec.distill.score_images
             self._predictions = predict(
-                self.teacher, self.val_stream, batch_size=_SCORE_BATCH, limit=limit
+                self.teacher,
+                self.val_stream,
+                batch_size=_SCORE_BATCH,
+                limit=limit,
+                after_batch=self._beat,
             )
         damage = score(
             self.teacher,
@@ -165,6 +169,7 @@ class _Worker:
             self._predictions,
             self.val_stream,
             _SCORE_BATCH,
+            self._beat,
         )
         store.put(SCORES, spec.score_key, lambda folder: write_json(folder / SCORE, damage))
         self._beat()
@@ -185,6 +190,7 @@ class _Worker:
         for activations in source.val({trainee.spec.block for trainee in trainees}):
             for trainee, losses in zip(trainees, sums, strict=True):
                 losses.append(trainee.batch_loss(activations[trainee.spec.block]))
+            self._beat()
         for trainee, losses in zip(trainees, sums, strict=True):
             trainee.end_epoch(float(torch.stack(losses).sum()) / len(self.val_stream))
         self._beat()

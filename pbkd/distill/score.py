@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -36,11 +38,18 @@ def score(
     teacher_predictions: Predictions,
     val: Stream,
     batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Damage:
-    """Run the teacher with one block replaced; the teacher is left as it was."""
+    """Run the teacher with one block replaced; the teacher is left as it was.
+
+    Args:
+        after_batch: called after each batch, as a sign of life.
+    """
     num_images = len(teacher_predictions.labels_n)
     with swapped(teacher.net, {path: candidate}):
-        predictions = predict(teacher, val, batch_size=batch_size, limit=num_images)
+        predictions = predict(
+            teacher, val, batch_size=batch_size, limit=num_images, after_batch=after_batch
+        )
     kl = damage_kl(teacher_predictions.logits_nk, predictions.logits_nk)
     return Damage(
         kl=float(kl) if kl.isfinite() else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pbkd.activations import Activation
 from pbkd.artifacts import digest_of, save_tensors, write_json
@@ -23,7 +23,6 @@ from pbkd.seeding import derive_seed
 ALGORITHM = 1
 """Raised whenever the same settings would give other weights."""
 
-_RANDOM = (nn.modules.dropout._DropoutNd, StochasticDepth)
 WEIGHTS = "weights.safetensors"
 HISTORY = "history.jsonl"
 RESULT = "result.json"
@@ -179,8 +178,7 @@ class Trainee:
         self.module = module
         self.config = config
         self.loss = LOSSES[config.loss]
-        # dropout inside a block: its target has none, and draws would depend on the grouping
-        self._random_parts = [m for m in module.modules() if isinstance(m, _RANDOM)]
+        self._norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         self.optimizer = _optimizer(config, module)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
         self.progress = progress
@@ -202,9 +200,9 @@ class Trainee:
 
     def step(self, activation: Activation) -> None:
         """One optimizer step; the loss stays on the device."""
-        self.module.train()
-        for part in self._random_parts:
-            part.eval()
+        self.module.eval()  # no dropout: the target has none, and draws depend on the grouping
+        for norm in self._norms:
+            norm.train()
         output = self.module(_own_copy(activation.input))
         loss = self.loss(output, activation.output.float())
         self.optimizer.zero_grad(set_to_none=True)

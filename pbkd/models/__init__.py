@@ -22,6 +22,7 @@ from pbkd.models.zoo import (
     build_network,
     check_name,
     check_network,
+    network_code,
     network_names,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "load_pretrained",
     "load_teacher",
     "load_weights",
+    "network_code",
     "network_names",
     "predict",
     "pretrained_transforms",

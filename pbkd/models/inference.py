@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +26,22 @@ class Predictions:
 
 
 def predict(
-    model: nn.Module, stream: Stream, *, batch_size: int, limit: int | None = None
+    model: nn.Module,
+    stream: Stream,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """Logits of the first ``limit`` images (default: all), in evaluation mode.
 
-    The model is left in the mode in which it was found.
+    The model is left in the mode in which it was found. ``after_batch`` is called after each batch,
+    as a sign of life.
     """
     with torch.no_grad(), eval_mode(model):
-        batches = [
-            (model(batch.images_nchw).float(), batch.labels_n)
-            for batch in stream.in_order(batch_size, limit)
-        ]
+        batches = []
+        for batch in stream.in_order(batch_size, limit):
+            batches.append((model(batch.images_nchw).float(), batch.labels_n))
+            after_batch()
     logits, labels = zip(*batches, strict=True)
     return Predictions(torch.cat(logits), torch.cat(labels))

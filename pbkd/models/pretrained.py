@@ -82,13 +82,17 @@ def pretrained_transforms(weights: str | None) -> Transforms | None:
     )
 
 
-def check_weights(config: TeacherConfig, root: Path) -> None:
-    """Raise TeacherError if ``teacher.weights`` names nothing; nothing is loaded or downloaded."""
+def check_weights(config: TeacherConfig, root: Path, *, has_teacher: bool) -> None:
+    """Raise TeacherError if ``teacher.weights`` names nothing; nothing is loaded or downloaded.
+
+    Args:
+        has_teacher: a teacher is there already; it may need no file any more.
+    """
     if config.weights is None:
         return
     if _ENUM_NAME.fullmatch(config.weights):
         _entry_of(config.weights, config.model)
-    else:
+    elif not has_teacher:
         _file(root / config.weights)
 
 
@@ -112,7 +116,12 @@ def load_pretrained(
     else:
         found = _read(root / name, config)
     own = net.state_dict()
-    given = _renamed(found.state, own)
+    mean, std = found.mean, found.std
+    extra = {"mean", "std"} & found.state.keys() - own.keys()
+    if len(extra) == 2:  # pbkd's own files hold the normalisation
+        mean, std = (tuple(found.state[name].flatten().tolist()) for name in ("mean", "std"))
+    given = {key: value for key, value in found.state.items() if key not in extra}
+    given = _renamed(given, own)
     state = {key: value for key, value in given.items() if key in own}
     unexpected = [key for key in given if key not in state]
     head = _head(net, len(class_names))
@@ -137,10 +146,15 @@ def load_pretrained(
             f"teacher.weights: {name} has no head for {len(class_names)} classes, and "
             "teacher.epochs is 0; train the new head with epochs from 1 on"
         )
+    if mean is None and config.mean is None and config.epochs == 0:
+        raise TeacherError(
+            f"teacher.weights: {name} does not say how images were normalised; set teacher.mean "
+            "and teacher.std (0 and 1 where the network takes pixels in [0, 1])"
+        )
     kept = {key: value for key, value in state.items() if not (has_new_head and key in head)}
     own.update(kept)  # unlike a plain dict, it has the modules' versions, which some ask for
     net.load_state_dict(own)
-    return Pretrained(has_new_head, found.mean, found.std)
+    return Pretrained(has_new_head, mean, std)
 
 
 def _wants_new_head(
@@ -262,14 +276,12 @@ def _read(path: Path, config: TeacherConfig) -> _Found:
     class_names = mean = std = None
     if path.name == WEIGHTS and path.with_name(CARD).is_file():  # a model that pbkd wrote
         card = read_card(path.parent)
-        class_names = card.class_names
+        class_names, mean, std = card.class_names, card.mean, card.std
         if card.replacements:
             raise TeacherError(
                 f"teacher.weights: {path} is a compressed student; give the weights of a "
                 f"{config.model} as it was before"
             )
-    if {"mean", "std"} <= state.keys():
-        mean, std = (tuple(state.pop(name).flatten().tolist()) for name in ("mean", "std"))
     return _Found(state, class_names, mean, std)
 
 

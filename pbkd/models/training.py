@@ -85,13 +85,15 @@ def fit(
         if checkpoint is not None:
             run.resume(checkpoint)
         history.write_text(run.history)
-        saved_at = time.monotonic()
+        began_at = saved_at = time.monotonic()
         while run.next_epoch < recipe.epochs:
             run.epoch()
             history.write_text(run.history)
-            if checkpoint is not None and time.monotonic() - saved_at >= _CHECKPOINT_EVERY_S:
+            now, is_last = time.monotonic(), run.next_epoch == recipe.epochs
+            since = began_at if is_last else saved_at
+            if checkpoint is not None and now - since >= _CHECKPOINT_EVERY_S:
                 run.save(checkpoint)
-                saved_at = time.monotonic()
+                saved_at = now
         return run.finish()
 
 
@@ -182,7 +184,8 @@ class _Run:
         device_type = batch.images_nchw.device.type
         mixed = self.recipe.mixed_precision and device_type == "cuda"
         with torch.autocast(device_type, torch.bfloat16, enabled=mixed):
-            step_loss = self.loss(batch, self.model(batch.images_nchw).float())
+            logits_nk = self.model(batch.images_nchw)
+        step_loss = self.loss(batch, logits_nk.float())
         self.optimizer.zero_grad(set_to_none=True)
         step_loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

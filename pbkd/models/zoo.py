@@ -10,12 +10,14 @@ import difflib
 import importlib
 import importlib.util
 import warnings
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbkd.artifacts import file_digest
 from pbkd.errors import TeacherError
 
 # Output channels of the 3x3 convolutions; "M": 2x2 max pooling (Simonyan & Zisserman, 1409.1556).
@@ -36,7 +38,10 @@ _RESNETS = {
 
 
 class NetworkSpec(BaseModel):
-    """All that is needed to build a network again, without its weights."""
+    """All that is needed to build a network again, without its weights.
+
+    ``code`` is a digest of the file of the user's function; empty for other networks.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +49,7 @@ class NetworkSpec(BaseModel):
     num_classes: int
     in_channels: int
     width: float = 1.0
+    code: str = ""
 
 
 def network_names() -> list[str]:
@@ -76,10 +82,22 @@ def build_network(spec: NetworkSpec, *, allow_code: bool = False) -> nn.Module:
     return _torchvision_network(spec)
 
 
+def network_code(name: str) -> str:
+    """Digest of the file that a network `package.module:function` comes from; else empty."""
+    if ":" not in name:
+        return ""
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except Exception:  # noqa: BLE001  told where the network is built
+        return ""
+    origin = Path(found.origin) if found is not None and found.origin else None
+    return file_digest(origin) if origin is not None and origin.is_file() else ""
+
+
 def check_name(name: str) -> None:
-    """Raise TeacherError if no network has this name; a function's module is looked for only."""
+    """Raise TeacherError if no network has this name; of a function, the package is looked for."""
     if ":" in name:
-        module = name.partition(":")[0]
+        module = name.partition(":")[0].partition(".")[0]
         try:
             found = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
@@ -156,6 +174,10 @@ def _user_network(spec: NetworkSpec, allow_code: bool) -> nn.Module:
             "allow_code=True"
         )
     module_name, _, function_name = spec.name.partition(":")
+    if spec.code and spec.code != network_code(spec.name):
+        raise TeacherError(
+            f"the code of {module_name} is not that of the teacher any more; run: pbkd teacher"
+        )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
         net = function(num_classes=spec.num_classes, in_channels=spec.in_channels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -66,11 +65,6 @@ def student_folders(workspace: Workspace, stage: str) -> list[Path]:
     if not output.is_dir():
         raise ArtifactError(f"{output} is missing; run: pbkd {stage}")
     return sorted(path for path in output.iterdir() if path.is_dir())
-
-
-def forget_checkpoints(workspace: Workspace, stage: str) -> None:
-    """Delete a stage's checkpoints, once what they led to is safe."""
-    shutil.rmtree(workspace.checkpoint(stage, "").parent, ignore_errors=True)
 
 
 class StageRecord(BaseModel):

@@ -23,5 +23,5 @@ def preflight(context: StageContext) -> None:
     if prepare.source == "torchvision":
         find_set(prepare.dataset)
     check_name(context.params.teacher.model)
-    if not context.workspace.artifacts("teacher").is_dir():  # a trained one may need no file
-        check_weights(context.params.teacher, root)
+    has_teacher = context.workspace.artifacts("teacher").is_dir()
+    check_weights(context.params.teacher, root, has_teacher=has_teacher)

@@ -24,11 +24,12 @@ from pbkd.models import (
     fit,
     load_pretrained,
     load_teacher,
+    network_code,
     pretrained_transforms,
     save_model,
 )
 from pbkd.seeding import derive_seed
-from pbkd.stages.context import StageContext, forget_checkpoints
+from pbkd.stages.context import StageContext
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ def run(context: StageContext) -> None:
     config = context.params.teacher
     prepared = load_prepared(context.workspace.prepared)
     teacher, card = _build(context, prepared)
+    checkpoint = _checkpoint(context, teacher, card)
     with atomic_dir(context.workspace.artifacts("teacher")) as folder:
-        accuracy = _train(context, teacher, card, prepared, folder / "history.jsonl")
+        history = folder / "history.jsonl"
+        accuracy = _train(context, teacher, prepared, history, checkpoint)
         if accuracy < config.min_accuracy:
             raise TeacherError(
                 f"teacher {config.model}: validation accuracy {accuracy:.4f}, expected at least "
@@ -52,7 +55,7 @@ def run(context: StageContext) -> None:
             )
         save_model(folder, teacher.cpu(), card)
         write_json(folder / "teacher.json", {"val_accuracy": accuracy, "weights": config.weights})
-    forget_checkpoints(context.workspace, "teacher")
+    checkpoint.unlink(missing_ok=True)
     _log.info("teacher %s: validation accuracy %.4f", config.model, accuracy)
 
 
@@ -104,6 +107,7 @@ def teacher_card(
             num_classes=prepared.num_classes,
             in_channels=channels,
             width=config.width,
+            code=network_code(config.model),
         ),
         mean=mean,
         std=std,
@@ -129,12 +133,27 @@ def _build(context: StageContext, prepared: Prepared) -> tuple[Classifier, Model
     return Classifier(net, card.mean, card.std), card
 
 
+def _checkpoint(context: StageContext, teacher: Classifier, card: ModelCard) -> Path:
+    """Where this training goes on from; the name covers all that it depends on."""
+    key = digest_of(
+        {
+            "initial": tensors_digest(teacher.state_dict()),
+            "card": card,
+            "config": context.params.teacher.model_dump(exclude={"min_accuracy"}),
+            "seed": context.params.seed,
+        }
+    )
+    return context.workspace.checkpoint("teacher", key)
+
+
 def _train(
-    context: StageContext, teacher: Classifier, card: ModelCard, prepared: Prepared, history: Path
+    context: StageContext,
+    teacher: Classifier,
+    prepared: Prepared,
+    history: Path,
+    checkpoint: Path,
 ) -> float:
     config, seed, device = context.params.teacher, context.params.seed, best_device()
-    initial = tensors_digest(teacher.state_dict())
-    key = digest_of({"initial": initial, "card": card, "config": config, "seed": seed})
     teacher.to(device)
     train, val = (
         Stream(prepared.split(name), seed=seed, augment=config.augment, device=device)
@@ -157,7 +176,7 @@ def _train(
         lambda batch, logits: F.cross_entropy(logits, batch.labels_n, label_smoothing=smoothing),
         recipe,
         history=history,
-        checkpoint=context.workspace.checkpoint("teacher", key),
+        checkpoint=checkpoint,
     )
 
 

@@ -22,7 +22,9 @@ def recalibrate(model: nn.Module, train: Stream, *, num_batches: int, batch_size
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
-    model.train()
+    model.eval()  # dropout would disturb what is measured
+    for norm in norms:
+        norm.train()
     with torch.no_grad():
         for batch in itertools.islice(train.epoch(0, batch_size), num_batches):
             model(batch.images_nchw)

@@ -200,3 +200,27 @@ def test_validation_runs_in_evaluation_mode_and_weighs_by_images(tmp_path):
     expected = 8 * (output - batch().output.float()).square().mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert not loss.requires_grad
+
+
+class _FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(x, 0.5, training=self.training)
+        return self.norm(self.linear(x))
+
+
+def test_a_step_draws_nothing_and_trains_batch_norms(tmp_path):
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(7)
+        module = _FunctionalDropout()
+        torch.manual_seed(seed)
+        trainee = Trainee(SPEC, module, DistillConfig(batch_size=8), 10, tmp_path / f"{seed}.jsonl")
+        trainee.step(batch())
+        states.append(weights(trainee))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert states[0]["norm.num_batches_tracked"] == 1

@@ -116,8 +116,15 @@ def test_a_worker_that_hangs_is_killed_and_its_job_tried_again(
     assert project.is_clean()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("stage", ["teacher", "distill"])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("teacher", "SIGTERM"),
+        ("distill", "SIGINT"),
+        pytest.param("teacher", "SIGINT", marks=pytest.mark.slow),
+        pytest.param("distill", "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_run_within_ten_seconds(project: Project, stage: str, name: str) -> None:
     edited(project)
     process = project.start("pbkd", "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch import nn
 
 from pbkd.errors import TeacherError
 from pbkd.measure import count_macs, num_parameters
-from pbkd.models import Classifier, NetworkSpec, build_network, check_network, network_names
+from pbkd.models import (
+    Classifier,
+    NetworkSpec,
+    build_network,
+    check_network,
+    network_code,
+    network_names,
+)
 from pbkd.models.zoo import _RESNETS, _VGG_LAYOUTS, BasicBlock, CifarResNet
 
 
@@ -200,3 +208,18 @@ def test_a_classifier_normalises_its_images() -> None:
     model = Classifier(nn.Identity(), (0.5, 0.25), (0.1, 2.0))
     expected = torch.stack([(images[:, 0] - 0.5) / 0.1, (images[:, 1] - 0.25) / 2], dim=1)
     assert torch.equal(model(images), expected)
+
+
+def test_changed_code_of_the_users_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "changing_network.py"
+    path.write_text((Path(__file__).parent / "own_networks.py").read_text())
+    spec = _spec("changing_network:small")
+    spec = spec.model_copy(update={"code": network_code(spec.name)})
+    assert len(spec.code) == 32
+    build_network(spec, allow_code=True)
+    path.write_text(path.read_text() + "\n# changed\n")
+    with pytest.raises(TeacherError, match="code of changing_network is not that of the teacher"):
+        build_network(spec, allow_code=True)

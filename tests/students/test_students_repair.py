@@ -13,6 +13,7 @@ from pbkd.config import AugmentConfig
 from pbkd.data import Split, Stream
 from pbkd.models import NetworkSpec, build_network
 from pbkd.students import recalibrate
+from pbkd.testing import random_split
 
 BATCH = 16
 
@@ -96,3 +97,17 @@ def test_a_model_without_batch_norm_is_left_alone(train):
     before = copy.deepcopy(model.state_dict())
     recalibrate(model, train, num_batches=2, batch_size=BATCH)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_dropout_does_not_disturb_the_statistics() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.9), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    stream = Stream(random_split(32), seed=0, augment=AugmentConfig())
+    found = []
+    for _ in range(2):
+        recalibrate(net, stream, num_batches=2, batch_size=16)
+        found.append(net[2].running_var.clone())
+    assert torch.equal(*found)
+    plain = nn.Sequential(*list(net)[1:])
+    recalibrate(plain, stream, num_batches=2, batch_size=16)
+    assert torch.equal(plain[1].running_var, found[0])
