@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -62,3 +63,12 @@ def finished(_finished: Path, tmp_path: Path) -> Workspace:
     root = tmp_path / "workspace"
     shutil.copytree(_finished, root)
     return Workspace(root, root / ".pbkd")
+
+
+@pytest.fixture
+def workspace(finished: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The finished workspace as the present folder, without settings."""
+    monkeypatch.chdir(finished.root)
+    for name in [name for name in os.environ if name.startswith("PBKD_")]:
+        monkeypatch.delenv(name)
+    return finished

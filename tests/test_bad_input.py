@@ -33,15 +33,6 @@ from pbkd.stages import StageContext, run_stage
 from pbkd.students import load_model
 
 
-@pytest.fixture
-def workspace(finished: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """The finished workspace as the present folder."""
-    monkeypatch.chdir(finished.root)
-    for name in [name for name in os.environ if name.startswith("PBKD_")]:
-        monkeypatch.delenv(name)
-    return finished
-
-
 def change(workspace: Workspace, section: str, **values: object) -> None:
     params = yaml.safe_load(workspace.params.read_text())
     params[section] = values | {k: v for k, v in params[section].items() if k not in values}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,15 +20,6 @@ from pbkd.errors import ArtifactError, ConfigError
 from pbkd.stages import STAGES
 
 VERBS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
-
-
-@pytest.fixture
-def workspace(finished: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """The finished workspace as the present folder."""
-    monkeypatch.chdir(finished.root)
-    for name in [name for name in os.environ if name.startswith("PBKD_")]:
-        monkeypatch.delenv(name)
-    return finished
 
 
 def invoke(*arguments: str) -> str:

@@ -213,8 +213,6 @@ def test_a_classifier_normalises_its_images() -> None:
 def test_changed_code_of_the_users_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "changing_network.py"
     path.write_text((Path(__file__).parent / "own_networks.py").read_text())
