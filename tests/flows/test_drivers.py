@@ -42,7 +42,7 @@ def contents(project: Project) -> dict[str, bytes]:
 def trained_line(output: str) -> str:
     """What the log says was trained, on one line."""
     text = re.sub(r"\s+", " ", output)
-    found = re.search(r"trained (.*?); (\d+) taken from the store", text)
+    found = re.search(r"trained (?:(?!trained ).)*; (\d+) taken from the store", text)
     assert found is not None, output
     return found.group(0)
 
