@@ -82,7 +82,8 @@ def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
         params = params.replace("path: data/raw ", f"path: {path} ", 1)
     (folder / "params.yaml").write_text(params)
     load_params(folder / "params.yaml")
-    _write_new(folder / "dvc.yaml", _preset_file("dvc.yaml"))
+    # under another name in the package: in this repository DVC would take it for a pipeline
+    _write_new(folder / "dvc.yaml", _preset_file("pipeline.yaml"))
     _write_new(folder / "README.md", _preset_file("README.md"))
     _write_new(folder / ".gitignore", _GIT_IGNORE)
     return folder / "params.yaml"

@@ -164,8 +164,13 @@ def test_a_machine_without_git_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("own", "preset"), [("dvc.yaml", "dvc.yaml"), ("params.yaml", "digits.yaml")]
+    ("own", "preset"), [("dvc.yaml", "pipeline.yaml"), ("params.yaml", "digits.yaml")]
 )
 def test_the_repository_is_a_workspace_like_any_other(own: str, preset: str) -> None:
     presets = REPOSITORY / "pbkd" / "presets"
     assert (REPOSITORY / own).read_text() == (presets / preset).read_text()
+
+
+def test_dvc_reads_one_pipeline_in_the_repository() -> None:
+    found = [path.parent for path in REPOSITORY.rglob("dvc.yaml") if ".venv" not in path.parts]
+    assert found == [REPOSITORY]

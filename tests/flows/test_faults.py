@@ -17,18 +17,18 @@ from tests.flows.test_drivers import children_of, finish
 
 STAGES = ("prepare", "teacher", "activations", "distill", "finetune")
 VICTIMS = ("worker", "flow", "repro")
-QUICK = {("prepare", "flow"), ("teacher", "worker"), ("activations", "repro"), ("finetune", "flow")}
+QUICK = {("prepare", "flow"), ("teacher", "worker"), ("activations", "repro")}
 CASES = [
     pytest.param(stage, victim, marks=[] if (stage, victim) in QUICK else pytest.mark.slow)
     for stage in STAGES
     for victim in VICTIMS
 ]
 LONGER = {  # long enough to be met at work
-    "path: data/raw, image_size: 8": "path: data/raw, image_size: 16",
-    "epochs: 3, batch_size: 64": "epochs: 6, batch_size: 64",
-    "views: 2": "views: 6",
-    "distill: {epochs: 2}": "distill: {epochs: 6}",
-    "finetune: {epochs: 1}": "finetune: {epochs: 6}",
+    "path: data/raw, image_size: 8": "path: data/raw, image_size: 12",
+    "epochs: 3, batch_size: 64": "epochs: 4, batch_size: 64",
+    "views: 2": "views: 3",
+    "distill: {epochs: 2}": "distill: {epochs: 3}",
+    "finetune: {epochs: 1}": "finetune: {epochs: 3}",
 }
 
 
