@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pbkd import students
 from pbkd.artifacts import Store, digest_of, load_tensors, read_json, tensors_digest
-from pbkd.blocks import find_blocks
+from pbkd.blocks import candidate_name, find_blocks
 from pbkd.config import (
     ActivationsConfig,
     AugmentConfig,
@@ -175,7 +175,7 @@ def _compress(
         progress=folder / "progress",
     )
     train_and_score(job, teacher, card, splits.train, splits.val)
-    found = {(t.block, _name(t)): t for t in trainees}
+    found = {(t.block, candidate_name(t.config)): t for t in trainees}
     choices = choose(
         discovery.blocks,
         {name: _damage(store, trainee) for name, trainee in found.items()},
@@ -305,10 +305,6 @@ def _code(net: nn.Module) -> list[str]:
 
 def _damage(store: Store, trainee: TraineeSpec) -> Damage:
     return Damage.model_validate(read_json(store.path(SCORES, trainee.score_key) / SCORE))
-
-
-def _name(trainee: TraineeSpec) -> str:
-    return trainee.name.removeprefix(f"{trainee.block}/")
 
 
 def _section(kind: type[S], given: S | Mapping[str, Any] | None, name: str) -> S:

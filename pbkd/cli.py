@@ -220,12 +220,14 @@ def init(
 
     Example: `pbkd init flowers --preset image-folder --data ~/flowers.zip`
     """
-    from pbkd.workspace_init import data_path, init_workspace
+    from pbkd.config import load_params
+    from pbkd.workspace_init import init_workspace
 
     params = init_workspace(folder, preset, data)
-    print(f"workspace {_shown(params.parent)}: preset {preset}, images in {data_path(params)}")
+    path = load_params(params).prepare.path
+    print(f"workspace {_shown(params.parent)}: preset {preset}, images in {path}")
     if data is None and preset != "digits":
-        print(f"put your images into {_shown(params.parent / data_path(params))}, then: dvc add")
+        print(f"put your images into {_shown(params.parent / path)}, then: dvc add")
     print(f"next: cd {_shown(params.parent)}; look at params.yaml; pbkd run")
 
 

@@ -5,7 +5,6 @@ Everything here may change results, so DVC watches it; what may not is in ``pbkd
 
 from __future__ import annotations
 
-import difflib
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pbkd.errors import ConfigError
+from pbkd.errors import ConfigError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -335,8 +334,7 @@ def _explain(entry: Any) -> str:
     if entry["type"] != "extra_forbidden":
         return f"{where}: got {entry['input']!r}; {entry['msg']}"
     known = _field_names(Params, parents)
-    nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(known)}"
+    hint = did_you_mean(key, known, f"known are {', '.join(known)}")
     return f"{where}: unknown key; {hint}"
 
 

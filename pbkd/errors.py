@@ -18,8 +18,9 @@ PbkdError
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -82,6 +83,12 @@ class MissingExtraError(PbkdError):
         super().__init__(
             f"{purpose} needs {library}, which is not installed; run: pip install 'pbkd[{extra}]'"
         )
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about an unknown name: the nearest known one, or ``otherwise``."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean `{nearest[0]}`?" if nearest else otherwise
 
 
 # ---------------------------------------------------------------- what the system refuses

@@ -10,8 +10,6 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from pbkd.config import load_params
 from pbkd.errors import ArtifactError, ConfigError, DataError, MissingExtraError
 
@@ -87,11 +85,6 @@ def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
     _write_new(folder / "README.md", _preset_file("README.md"))
     _write_new(folder / ".gitignore", _GIT_IGNORE)
     return folder / "params.yaml"
-
-
-def data_path(params: Path) -> str:
-    """``prepare.path`` of a params.yaml."""
-    return str(yaml.safe_load(params.read_text())["prepare"]["path"])
 
 
 def _preset_file(name: str) -> str:

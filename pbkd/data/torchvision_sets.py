@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pbkd.data.sources import Listing, Opener
-from pbkd.errors import DataError
+from pbkd.errors import DataError, did_you_mean
 
 # Names that sets give to a split, the first that a set knows is taken.
 _SPLIT_NAMES = {
@@ -179,8 +178,7 @@ def find_set(name: str) -> Any:
     known = [entry for entry in datasets.__all__ if inspect.isclass(getattr(datasets, entry))]
     if name in known:
         return getattr(datasets, name)
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else "see torchvision.datasets"
+    hint = did_you_mean(name, known, "see torchvision.datasets")
     raise DataError(f"prepare.dataset: torchvision has no `{name}`; {hint}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from pbkd.artifacts import load_tensors
 from pbkd.config import TeacherConfig
-from pbkd.errors import ArtifactError, TeacherError
+from pbkd.errors import ArtifactError, TeacherError, did_you_mean
 from pbkd.models.checkpoint import CARD, WEIGHTS, read_card
 
 _ENUM_NAME = re.compile(r"\w+_Weights\.(?!(?:pt|pth|bin|ckpt|safetensors)$)\w+")
@@ -212,8 +211,7 @@ def _enum_entry(name: str) -> Any:
             for model in models.list_models(module=models)
             for weights in models.get_model_weights(model)
         ]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else f"expected one such as {known[0]}"
+        hint = did_you_mean(name, known, f"expected one such as {known[0]}")
         raise TeacherError(f"teacher.weights: torchvision has no `{name}`; {hint}") from None
     if not isinstance(entry.transforms(), ImageClassification):
         raise TeacherError(f"teacher.weights: {name} is not for classification of images")

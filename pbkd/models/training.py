@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pbkd.artifacts import atomic_path
+from pbkd.config import Section
 from pbkd.data.batches import Batch, Stream
 from pbkd.devices import enough_memory
 from pbkd.errors import TrainingError
@@ -42,6 +43,11 @@ class Recipe:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     mixed_precision: bool = False
+
+    @classmethod
+    def of(cls, section: Section) -> Recipe:
+        """The recipe that a section of params.yaml holds; what it lacks is as above."""
+        return cls(**section.model_dump(include={field.name for field in fields(cls)}))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Our own have a width factor. A network of the user's is named by the function th
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 import importlib.util
 import warnings
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbkd.artifacts import file_digest
-from pbkd.errors import TeacherError
+from pbkd.errors import TeacherError, did_you_mean
 
 # Output channels of the 3x3 convolutions; "M": 2x2 max pooling (Simonyan & Zisserman, 1409.1556).
 _VGG_LAYOUTS: dict[str, tuple[int | str, ...]] = {
@@ -35,6 +34,7 @@ _RESNETS = {
     "cifar_resnet56": ((16, 32, 64), 9),
     "cifar_resnet18": ((64, 128, 256, 512), 2),
 }
+_OWN = (*_VGG_LAYOUTS, *_RESNETS)
 
 
 class NetworkSpec(BaseModel):
@@ -54,7 +54,7 @@ class NetworkSpec(BaseModel):
 
 def network_names() -> list[str]:
     """Names of our own networks and of torchvision's classification models."""
-    return [*_VGG_LAYOUTS, *_RESNETS, *_torchvision_names()]
+    return [*_OWN, *_torchvision_names()]
 
 
 def build_network(spec: NetworkSpec, *, allow_code: bool = False) -> nn.Module:
@@ -73,7 +73,7 @@ def build_network(spec: NetworkSpec, *, allow_code: bool = False) -> nn.Module:
         return CifarResNet(*_RESNETS[spec.name], spec)
     if spec.width != 1:
         raise TeacherError(
-            f"teacher.width: got {spec.width:g}; only {', '.join([*_VGG_LAYOUTS, *_RESNETS])} have "
+            f"teacher.width: got {spec.width:g}; only {', '.join(_OWN)} have "
             f"a width factor, `{spec.name}` has none; leave it at 1"
         )
     if ":" in spec.name:
@@ -111,12 +111,11 @@ def check_name(name: str) -> None:
     known = network_names()
     if name in known:
         return
-    nearest = difflib.get_close_matches(name, known, n=1)
-    own = ", ".join([*_VGG_LAYOUTS, *_RESNETS])
-    hint = (
-        f"did you mean `{nearest[0]}`?"
-        if nearest
-        else f"known are {own}, torchvision's classification models, and package.module:function"
+    hint = did_you_mean(
+        name,
+        known,
+        f"known are {', '.join(_OWN)}, torchvision's classification models, and "
+        "package.module:function",
     )
     raise TeacherError(f"teacher.model: unknown network `{name}`; {hint}")
 

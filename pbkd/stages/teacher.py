@@ -160,21 +160,12 @@ def _train(
         for name in ("train", "val")
     )
     smoothing = config.label_smoothing
-    recipe = Recipe(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        mixed_precision=config.mixed_precision,
-    )
     return fit(
         teacher,
         train,
         val,
         lambda batch, logits: F.cross_entropy(logits, batch.labels_n, label_smoothing=smoothing),
-        recipe,
+        Recipe.of(config),
         history=history,
         checkpoint=checkpoint,
     )

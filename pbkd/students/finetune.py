@@ -44,11 +44,5 @@ def finetune(
         hard = F.cross_entropy(logits_nk, batch.labels_n)
         return (1 - config.label_weight) * soft + config.label_weight * hard
 
-    recipe = Recipe(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        mixed_precision=config.mixed_precision,
-    )
+    recipe = Recipe.of(config)
     return fit(student, train, val, loss, recipe, history=history, checkpoint=checkpoint)

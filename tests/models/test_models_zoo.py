@@ -19,7 +19,7 @@ from pbkd.models import (
     network_code,
     network_names,
 )
-from pbkd.models.zoo import _RESNETS, _VGG_LAYOUTS, BasicBlock, CifarResNet
+from pbkd.models.zoo import _OWN, BasicBlock, CifarResNet
 
 
 def _spec(name: str, *, channels: int = 3, classes: int = 10, width: float = 1.0) -> NetworkSpec:
@@ -97,7 +97,7 @@ def test_a_width_never_leaves_a_layer_without_channels() -> None:
     assert {m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)} == {1}
 
 
-@pytest.mark.parametrize("name", [*_VGG_LAYOUTS, *_RESNETS])
+@pytest.mark.parametrize("name", _OWN)
 def test_every_network_of_our_own_gives_logits(name: str) -> None:
     assert name in network_names()
     net = build_network(_spec(name, channels=2, classes=5, width=0.05)).eval()
