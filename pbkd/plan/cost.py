@@ -1,21 +1,72 @@
-"""Predicted cost of training one candidate, in multiply-accumulates.
+"""What planning needs to know: times, sizes and limits, as measured or as assumed.
 
-A stand-in until costs are measured: it ranks jobs and balances them, but it is not a time.
+All times are seconds on a worker of speed 1; a worker of speed 2 takes half of them. All are of the
+whole block phase: every epoch, every validation.
 """
 
 from __future__ import annotations
 
-_BACKWARD_OVER_FORWARD = 2
-"""Gradients of inputs and of weights cost a forward pass each."""
+from dataclasses import dataclass
 
 
-def trainee_cost(candidate_macs: int, prefix_macs: int, num_images: int, num_epochs: int) -> float:
-    """Multiply-accumulates of one training.
+@dataclass(frozen=True)
+class BlockCost:
+    """One block of the teacher; blocks are listed in the order in which they run.
 
-    Args:
-        candidate_macs: of one image, forward.
-        prefix_macs: of the teacher's pass that feeds the block (relay), of one image; 0 for cache.
-        num_images: in the training split.
+    Attributes:
+        path: module path below the network.
+        teacher_s: the teacher from the end of the block before (or from the images) to the end of
+            this block, for every pass that a relay makes.
+        fill_teacher_s: the same for the passes that fill a cache: one per view.
+        read_input_s, read_output_s: reading the block's input, or output, from a cache.
+        write_input_s, write_output_s: writing them once.
+        input_bytes, output_bytes: their sizes in a cache.
+        is_cut: whether the teacher can go on from this block's input alone: nothing that comes
+            later depends on earlier results by another way, such as a skip around the block.
+        has_input, has_output: whether the cache holds them already.
     """
-    per_image = candidate_macs * (1 + _BACKWARD_OVER_FORWARD) + prefix_macs
-    return float(per_image) * num_images * num_epochs
+
+    path: str
+    teacher_s: float
+    fill_teacher_s: float = 0.0
+    read_input_s: float = 0.0
+    read_output_s: float = 0.0
+    write_input_s: float = 0.0
+    write_output_s: float = 0.0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    is_cut: bool = False
+    has_input: bool = False
+    has_output: bool = False
+
+
+@dataclass(frozen=True)
+class TraineeCost:
+    """One candidate of one block.
+
+    Attributes:
+        name: unique.
+        block: path of its block.
+        own_s: its steps, validations and score, without what the source costs.
+        memory_bytes: that it holds while it trains; co-trained trainees add up.
+    """
+
+    name: str
+    block: str
+    own_s: float
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must keep to.
+
+    Attributes:
+        disk_bytes: for the cache, beside what it holds already.
+        memory_bytes: for the trainees of one job.
+        job_s: what a job costs before it trains: reading teacher and data.
+    """
+
+    disk_bytes: float = float("inf")
+    memory_bytes: float = float("inf")
+    job_s: float = 0.0
