@@ -9,9 +9,11 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.distill import distill, is_worth_a_retry, make_pool
+from flows.activations import activations
+from flows.distill import distill
 from flows.dvc_gate import gate, hold_pipeline
-from flows.pool import WorkerPool
+from flows.pool import WorkerPool, make_pool
+from flows.retry import is_worth_a_retry
 from flows.slots import whole_machine_slot
 from pbkd.artifacts import Workspace
 from pbkd.locks import workspace_lock
@@ -22,6 +24,9 @@ from pbkd.tracking import PipelineRun
 
 _IN_FLOW = ("register",)
 """Stages that use no device and talk to the tracking server: they run in the flow's own process."""
+
+_FAN_OUT: dict[str, Any] = {"activations": activations, "distill": distill}
+"""Stages that are sub-flows of their own: all workers share their work."""
 
 
 @flow(name="compress", validate_parameters=False)
@@ -52,7 +57,7 @@ def compress(root: str = ".", state: str | None = None) -> None:
 
 
 def _run(name: str, workspace: Workspace, pool: WorkerPool, retries: int) -> None:
-    if name != "distill":
+    if name not in _FAN_OUT:
         named: Any = stage.with_options(
             name=name, task_run_name=name, retries=retries, retry_delay_seconds=1
         )
@@ -64,7 +69,7 @@ def _run(name: str, workspace: Workspace, pool: WorkerPool, retries: int) -> Non
             named = skipped.with_options(name=name, task_run_name=name)
             named(decision.reason)
         else:
-            distill(str(workspace.root), str(workspace.state), str(decision.params))
+            _FAN_OUT[name](str(workspace.root), str(workspace.state), str(decision.params))
 
 
 class _Place:

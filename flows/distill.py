@@ -18,13 +18,14 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pool import SlotPool, WorkerPool
+from flows.pool import WorkerPool, make_pool
+from flows.profile import profile_workers
 from flows.progress import Monitor, log_figures
+from flows.retry import is_worth_a_retry
 from flows.slots import Slot, worker_slots
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, run_job
-from pbkd.errors import JobError, JobFailedError, PoolClosedError
-from pbkd.locks import device_lock_dir
+from pbkd.errors import JobError
 from pbkd.measure import (
     EnergyMeter,
     EnergyReading,
@@ -34,20 +35,20 @@ from pbkd.measure import (
     job_energy_j,
 )
 from pbkd.report import BlockPhase, JobFigures
-from pbkd.settings import Settings
 from pbkd.stages import StageContext
 from pbkd.stages.context import recorded
-from pbkd.stages.distill import DistillPlan, finish_distill, is_done, plan_distill
+from pbkd.stages.distill import (
+    DistillPlan,
+    finish_distill,
+    is_done,
+    left_to_do,
+    plan_distill,
+    start,
+)
 from pbkd.tracking import PipelineRun
 
 _POLL_S = 0.2
 _MAX_TASKS = 4096
-
-
-def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
-    """A crashed or hung worker is; a user's mistake will not go away."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, JobError) and not isinstance(error, JobFailedError | PoolClosedError)
 
 
 @task(
@@ -87,36 +88,30 @@ def distill(root: str, state: str, params: str) -> None:
     with recorded("distill", workspace):
         workspace.sweep()
         slots = worker_slots(settings)
-        plan = plan_distill(context, len(slots))
         run = PipelineRun.current(workspace, context.params)
-        todo = [t for t in plan.trainees if not is_done(workspace.store, t)]
-        progress = workspace.state / "progress"
+        subject = start(context)
+        todo = left_to_do(context, subject)
+        plan = DistillPlan(tuple(subject.trainees))
         meter = EnergyMeter.of_this_machine()
-        with (
-            make_pool(slots, settings) as pool,
-            Monitor(todo, progress, context.params.distill.epochs, workspace.store, run),
-            meter.window("blocks") as window,
-        ):
+        with make_pool(slots, settings) as pool:
+            if todo:
+                profile = profile_workers(context, subject, pool)
+                plan = plan_distill(context, subject, todo, profile, len(slots))
             fan_out = FanOut(pool, plan, context, meter)
             blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)
-            futures = blocks.map(plan.blocks, unmapped(fan_out))
-            wait(list(futures))
+            progress = workspace.state / "progress"
+            with (
+                Monitor(todo, progress, context.params.distill.epochs, workspace.store, run),
+                meter.window("blocks") as window,
+            ):
+                futures = blocks.map(plan.blocks, unmapped(fan_out))
+                wait(list(futures))
         log_figures(list(plan.trainees), workspace.store, run)
         _raise_failures(plan.blocks, [future.state for future in futures])
         finish_distill(context, plan, [job.report for job in fan_out.jobs])
         if fan_out.jobs:
-            phase = _block_phase(fan_out.jobs, len(slots), window.result)
+            phase = _block_phase(fan_out.jobs, plan, len(slots), window.result)
             write_json(workspace.state / "block_phase.json", phase)
-
-
-def make_pool(slots: list[Slot], settings: Settings) -> SlotPool:
-    """The pool of this machine's slots."""
-    return SlotPool(
-        slots,
-        lock_dir=settings.lock_dir or device_lock_dir(),
-        job_timeout_s=settings.job_timeout_s,
-        hang_timeout_s=settings.hang_timeout_s,
-    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,11 @@ class FanOut:
         self._meter = meter
         self._plan = plan
         self._store = context.workspace.store
-        self._job_of = {t.block: job for job in plan.jobs for t in job.trainees}
+        self._jobs_of: dict[str, list[JobSpec]] = {block: [] for block in plan.blocks}
+        for job in plan.jobs:
+            for block in dict.fromkeys(trainee.block for trainee in job.trainees):
+                self._jobs_of[block].append(job)
+        self._rank = {job.job_id: index for index, job in enumerate(plan.jobs)}
         self._futures: dict[str, Future[JobReport]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(plan.jobs)))
@@ -152,16 +151,17 @@ class FanOut:
         return all(is_done(self._store, trainee) for trainee in self._plan.of_block(block))
 
     def build(self, block: str) -> None:
-        """Wait for the block, submitting its job unless it is under way.
+        """Wait for the block, submitting its jobs unless they are under way.
 
         Raises:
-            PbkdError: the job failed before the block was done.
+            PbkdError: a job failed before the block was done.
         """
-        future = self._submitted(self._job_of[block])
-        while not future.done() and not self.is_done(block):
+        futures = [self._submitted(job) for job in self._jobs_of[block]]
+        while not all(future.done() for future in futures) and not self.is_done(block):
             time.sleep(_POLL_S)
         if not self.is_done(block):
-            future.result()
+            for future in futures:
+                future.result()
             raise JobError(f"block {block}: its job ended without a result; run it again")
         get_run_logger().info("block %s is done", block)
 
@@ -175,7 +175,7 @@ class FanOut:
             return future
 
     def _run(self, job: JobSpec) -> JobReport:
-        cost = sum(self._plan.costs[trainee.name] for trainee in job.trainees)
+        priority = -float(self._rank[job.job_id])
         ran_on: list[Slot] = []
         with ExitStack() as measuring:
             windows: list[EnergyWindow] = []
@@ -185,7 +185,7 @@ class FanOut:
                 windows.append(measuring.enter_context(self._meter.window(job.job_id)))
 
             report = self._pool.run(
-                run_job, job, priority=cost, heartbeat=job.heartbeat, on_start=begin
+                run_job, job, priority=priority, heartbeat=job.heartbeat, on_start=begin
             )
             counter = gpu_alone(ran_on[0])
         energy_j = None
@@ -222,7 +222,10 @@ def _raise_failures(blocks: list[str], states: list[Any]) -> None:
         )
 
 
-def _block_phase(jobs: list[_FinishedJob], num_workers: int, energy: EnergyReading) -> BlockPhase:
+def _block_phase(
+    jobs: list[_FinishedJob], plan: DistillPlan, num_workers: int, energy: EnergyReading
+) -> BlockPhase:
+    predicted_s = {job.job_id: job.cost_s for job in plan.predicted.jobs} if plan.predicted else {}
     started = min(job.report.started_at for job in jobs)
     wall_s = max(job.report.started_at + job.report.duration_s for job in jobs) - started
     jobs_s = sum(job.report.duration_s for job in jobs)
@@ -230,6 +233,7 @@ def _block_phase(jobs: list[_FinishedJob], num_workers: int, energy: EnergyReadi
         num_workers=num_workers,
         num_jobs=len(jobs),
         wall_s=wall_s,
+        predicted_s=plan.wall_s,
         jobs_s=jobs_s,
         speedup=jobs_s / wall_s,
         energy_j=energy.total_j,
@@ -240,6 +244,7 @@ def _block_phase(jobs: list[_FinishedJob], num_workers: int, energy: EnergyReadi
                 trained=job.report.trained,
                 started_s=job.report.started_at - started,
                 duration_s=job.report.duration_s,
+                predicted_s=predicted_s.get(job.report.job_id),
                 energy_j=job.energy_j,
             )
             for job in jobs

@@ -32,7 +32,8 @@ import psutil
 from flows.slots import Slot
 from flows.worker import RESULT, log_line, name_of, serve
 from pbkd.errors import JobError, PoolClosedError, WorkspaceBusyError
-from pbkd.locks import file_lock
+from pbkd.locks import device_lock_dir, file_lock
+from pbkd.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,16 @@ class WorkerPool(Protocol):
     ) -> T:
         """Run one job and wait for its result; called from many threads at once."""
         ...
+
+
+def make_pool(slots: Sequence[Slot], settings: Settings) -> SlotPool:
+    """The pool of this machine's slots."""
+    return SlotPool(
+        slots,
+        lock_dir=settings.lock_dir or device_lock_dir(),
+        job_timeout_s=settings.job_timeout_s,
+        hang_timeout_s=settings.hang_timeout_s,
+    )
 
 
 class SlotPool:

@@ -32,6 +32,10 @@ MARKER = "item.json"
 # ---------------------------------------------------------------- digests
 
 
+FILE_HASH = "sha256"
+"""Twice as fast as others where the processor has instructions for it; caches are large."""
+
+
 def digest_of(value: Any) -> str:
     """128-bit hex digest of a JSON-like value; mappings count without their order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_jsonable)
@@ -39,9 +43,9 @@ def digest_of(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """128-bit hex digest of a file's content."""
+    """Hex digest of a file's content, by ``FILE_HASH``."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, FILE_HASH).hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

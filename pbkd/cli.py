@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,7 @@ _EXIT_USAGE = 2
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
 _INTERRUPT_GRACE_S = 6.0
+_MAX_JOBS = 20  # that `plan` lists; its page has them all
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
 _PREFECT_ENVIRONMENT = {
@@ -128,6 +130,13 @@ def _stage(name: str) -> None:
         run_stage(name, context)
 
 
+def _stage_flow(flow: Callable[[str, str, str], object]) -> None:
+    """Run a stage that is a Prefect flow of its own."""
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        flow(str(workspace.root), str(workspace.state), str(workspace.params))
+
+
 @app.command(rich_help_panel="Stages")
 def prepare() -> None:
     """Decode the images once into data/prepared/."""
@@ -148,8 +157,11 @@ def blocks() -> None:
 
 @app.command(rich_help_panel="Stages")
 def activations() -> None:
-    """Settle the source of activations, and fill the cache if there is one."""
-    _stage("activations")
+    """Settle the source of activations; fill the cache in parallel if there is one."""
+    _use_prefect()
+    from flows.activations import activations as flow
+
+    _stage_flow(flow)
 
 
 @app.command(rich_help_panel="Stages")
@@ -158,9 +170,7 @@ def distill() -> None:
     _use_prefect()
     from flows.distill import distill as flow
 
-    workspace = _workspace()
-    with workspace_lock(workspace.root, workspace.state):
-        flow(str(workspace.root), str(workspace.state), str(workspace.params))
+    _stage_flow(flow)
 
 
 @app.command(rich_help_panel="Stages")
@@ -265,25 +275,59 @@ def inspect() -> None:
 def plan(
     workers: Annotated[
         str, typer.Option(help="Numbers of workers to compare, separated by commas.")
-    ] = "1,2,4",
+    ] = "1,2,4,8",
 ) -> None:
-    """Show the jobs that `distill` would run, and the predicted gain from more workers.
+    """Predict what the block phase takes, and what more workers gain; needs `blocks`.
 
-    Costs are multiply-accumulates, not seconds. Example: `pbkd plan --workers 1,2,4,8`
+    Costs are measured once per machine, by as many workers as a run has. One worker and as many as
+    this machine has are always shown. Example: `pbkd plan --workers 1,2,4,8,64`
     """
-    from pbkd.report.tables import plan_tables
+    from flows.pool import make_pool
+    from flows.profile import profile_workers
+    from flows.slots import worker_slots
+    from pbkd.artifacts import atomic_path
+    from pbkd.report import plan as report_plan
     from pbkd.stages import StageContext
-    from pbkd.stages.distill import preview_jobs
+    from pbkd.stages.planning import Subject, plan_of
 
+    numbers = _numbers_of_workers(workers)
+    context = StageContext.load(_workspace())
+    params, config = context.params, context.params.activations
+    subject = Subject.of(context.workspace, config, params.distill, params.seed)
+    slots = worker_slots(context.settings)
+    with make_pool(slots, context.settings) as pool:
+        profile = profile_workers(context, subject, pool)
+    limit = config.max_cache_gb * 1e9 if config.source == "auto" else float("inf")
+    plans = report_plan.Plans(
+        network=subject.card.network.name,
+        by_workers={
+            number: plan_of(subject, profile, number, source=config.source, disk_bytes=limit)
+            for number in sorted({*numbers, 1, len(slots)})
+        },
+        here=len(slots),
+        profile=profile,
+    )
+    _print_table(report_plan.workers_table(plans))
+    for sentence in report_plan.bottleneck_sentences(plans):
+        print(sentence)
+    print()
+    _print_table(report_plan.planned_jobs_table(plans, max_rows=_MAX_JOBS))
+    print(report_plan.plan_sentence(plans))
+    print(report_plan.basis_sentences(plans))
+    path = context.workspace.state / report_plan.PLAN
+    with atomic_path(path) as temporary:
+        temporary.write_text(report_plan.render_plan(plans))
+    print(f"\nPicture:   {_shown(path)} (open it in a browser)")
+
+
+def _numbers_of_workers(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in workers.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ConfigError(f"--workers: got `{workers}`, expected numbers from 1 on, like 1,2,4")
-    context = StageContext.load(_workspace())
-    for table in plan_tables({number: preview_jobs(context, number) for number in numbers}):
-        _print_table(table)
+        raise ConfigError(f"--workers: got `{text}`, expected numbers from 1 on, like 1,2,4")
+    return numbers
 
 
 @app.command()

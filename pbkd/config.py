@@ -214,6 +214,7 @@ class DistillConfig(Section):
     patience: int = Field(
         4, ge=1, description="epochs without a better validation loss before training stops"
     )
+    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
     min_improvement: float = Field(
         1e-3, ge=0, description="relative fall of the validation loss that counts as better"
     )

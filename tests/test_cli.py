@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -154,12 +155,32 @@ def test_inspect_needs_no_trained_teacher(workspace):
     assert "features.17" in invoke("inspect")
 
 
-def test_plan_compares_numbers_of_workers(workspace):
-    output = invoke("plan", "--workers", "1,2")
-    assert "Jobs for 2 workers" in output
-    assert output.count("features.14/separable") == 1
-    assert "1.00" in output
-    assert "100%" in output
+def test_plan_compares_numbers_of_workers_and_draws_them(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("PBKD_WORKERS", "1")
+    monkeypatch.setenv("PBKD_LOCK_DIR", str(tmp_path / "locks"))
+    before = sorted(workspace.artifacts("").rglob("*"))
+    output = invoke("plan", "--workers", "64,4,4")
+    workers = re.findall(r"^│ (\d+(?: \(here\))?) +│", output, flags=re.M)
+    assert workers == ["1 (here)", "4", "64"]
+    assert "64 workers: " in output
+    assert output.count("features.3/separable") == 1
+    assert re.search(r"1 worker with \d+ CPU threads? measured on", " ".join(output.split()))
+    page = workspace.state / "plan.html"
+    assert str(Path(".pbkd") / "plan.html") in output
+    assert "vgg_small, planned" in page.read_text()
+    assert sorted(workspace.artifacts("").rglob("*")) == before
+
+    profiles = {path: path.stat().st_mtime_ns for path in (workspace.state / "profiles").iterdir()}
+    shutil.rmtree(workspace.artifacts("distill"))  # nothing of it is needed
+    assert output.endswith(invoke("plan", "--workers", "64,4,4"))
+    kept = {path: path.stat().st_mtime_ns for path in (workspace.state / "profiles").iterdir()}
+    assert kept == profiles  # nothing is measured twice
+
+
+def test_plan_names_what_is_missing_of_the_stages_before(workspace):
+    shutil.rmtree(workspace.artifacts("blocks"))
+    with pytest.raises(ArtifactError, match=r"blocks\.json is missing; run"):
+        invoke("plan")
 
 
 @pytest.mark.parametrize("workers", ["x", "", "0", "1,-2", "1,,2", "1.5"])

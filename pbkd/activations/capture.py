@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,19 +25,23 @@ class _PassIsOver(Exception):  # noqa: N818
     """Ends the teacher's pass once the last block has run."""
 
 
+_Name = tuple[str, str]
+"""Block path, and "input" or "output"."""
+
+
 @dataclass
 class _Held:
-    """Tensors of one pass, by (path, "input" or "output"), with their versions at the hook."""
+    """Tensors of one pass with their versions at the hook."""
 
-    tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    versions: dict[tuple[str, str], int] = field(default_factory=dict)
+    tensors: dict[_Name, Tensor] = field(default_factory=dict)
+    versions: dict[_Name, int] = field(default_factory=dict)
 
 
 class Capture:
     """Runs a network and keeps the activations of some blocks.
 
     A dry pass compares each captured tensor's version at the hook and after the pass; what a later
-    in-place operation overwrites (by an in-place ReLU, say) is cloned from then on.
+    in-place operation overwrites (by an in-place ReLU, say) is copied in the hook from then on.
 
     Args:
         model: the teacher; blocks are named below ``model.net``.
@@ -56,12 +60,13 @@ class Capture:
         self.net = model.get_submodule("net")
         self.paths = tuple(paths)
         self.dtype = dtype
-        self.overwritten: set[tuple[str, str]] = set()
-        held = self._pass(images_nchw, self.paths)
+        self.overwritten: set[_Name] = set()
+        held = self._pass(images_nchw, self.paths, lambda _, tensor: tensor)
         self.overwritten = {
-            key for key, tensor in held.tensors.items() if tensor._version != held.versions[key]
+            name for name, tensor in held.tensors.items() if tensor._version != held.versions[name]
         }
-        for (path, side), tensor in self._pass(images_nchw, self.paths).tensors.items():
+        exact = self._pass(images_nchw, self.paths, lambda _, tensor: tensor.clone())
+        for (path, side), tensor in exact.tensors.items():
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise BlockError(
                     f"block {path}: its {side} reaches {float(tensor.abs().max()):.3g}, which "
@@ -82,27 +87,39 @@ class Capture:
         if num < fill_to:
             rows = torch.arange(fill_to, device=images_nchw.device)
             images_nchw = images_nchw[rows.where(rows < num, 0)]  # unlike cat, keeps the layout
-        held = self._pass(images_nchw, wanted)
-        rounded = {key: tensor[:num].to(self.dtype) for key, tensor in held.tensors.items()}
+        # in the hook, while the tensor is in the processor's caches
+        rounded = self._pass(images_nchw, wanted, self._rounded).tensors
         return {
-            path: Activation(rounded[path, "input"], rounded[path, "output"]) for path in wanted
+            path: Activation(rounded[path, "input"][:num], rounded[path, "output"][:num])
+            for path in wanted
         }
 
-    def _pass(self, images_nchw: Tensor, paths: tuple[str, ...]) -> _Held:
+    def _rounded(self, name: _Name, tensor: Tensor) -> Tensor:
+        rounded = tensor.to(self.dtype)
+        # of its own type it is the tensor itself, which a later operation may overwrite
+        return rounded.clone() if rounded is tensor and name in self.overwritten else rounded
+
+    def _pass(
+        self,
+        images_nchw: Tensor,
+        paths: tuple[str, ...],
+        taken: Callable[[_Name, Tensor], Tensor],
+    ) -> _Held:
         held = _Held()
         # inference_mode tensors have no version counter
-        with torch.no_grad(), self._hooks(paths, held), suppress(_PassIsOver):
+        with torch.no_grad(), self._hooks(paths, held, taken), suppress(_PassIsOver):
             self.model(images_nchw)
         return held
 
     @contextmanager
-    def _hooks(self, paths: tuple[str, ...], held: _Held) -> Iterator[None]:
+    def _hooks(
+        self, paths: tuple[str, ...], held: _Held, taken: Callable[[_Name, Tensor], Tensor]
+    ) -> Iterator[None]:
         pending = set(paths)
 
-        def keep(key: tuple[str, str], tensor: Tensor) -> None:
-            tensor = tensor.clone() if key in self.overwritten else tensor
-            held.tensors[key] = tensor
-            held.versions[key] = tensor._version
+        def keep(name: _Name, tensor: Tensor) -> None:
+            held.tensors[name] = taken(name, tensor)
+            held.versions[name] = tensor._version
 
         def after(path: str, output: Tensor) -> None:
             keep((path, "output"), output)

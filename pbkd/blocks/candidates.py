@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pbkd.blocks.inherit import neutral_batch_norms, pass_through, rank_one_factors
 from pbkd.blocks.swap import swap
 from pbkd.config import CandidateConfig, SeparableConfig
+from pbkd.devices import channels_last
 from pbkd.errors import CandidateError
 from pbkd.measure import eval_mode
 
@@ -38,13 +39,13 @@ def build_candidate(config: CandidateConfig, block: nn.Module) -> nn.Module:
         CandidateError: the block holds nothing that the kind can replace.
     """
     if isinstance(block, nn.Conv2d):
-        return Separable(config, block)
+        return channels_last(Separable(config, block))
     paths = replaceable_convs(block)
     if not paths:
         raise CandidateError("holds no dense k x k convolution, k > 1")
     whole = copy.deepcopy(block)
     swap(whole, {path: Separable(config, _conv(whole, path)) for path in paths})
-    return whole
+    return channels_last(whole)
 
 
 def init_candidate(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pbkd.config import AugmentConfig
 from pbkd.data.prepare import Split
+from pbkd.devices import in_channels_last
 from pbkd.seeding import make_generator
 
 _SHARE_OF_GPU = 0.25
@@ -28,7 +29,7 @@ class Batch:
 
     Attributes:
         rows: (B,) int64, positions in the split, on the CPU.
-        images_nchw: (B, C, H, W) float32 in [0, 1].
+        images_nchw: (B, C, H, W) float32 in [0, 1], in channels-last strides.
         labels_n: (B,) int64.
     """
 
@@ -71,6 +72,7 @@ class Stream:
         if self._on_device:
             self._images = torch.from_numpy(np.array(split.images)).to(self.device)
         self._labels = torch.from_numpy(split.labels).to(self.device)
+        self._drawn: tuple[int, Tensor | None, Tensor | None] | None = None
 
     def __len__(self) -> int:
         """Images in the split."""
@@ -107,7 +109,9 @@ class Stream:
 
     def view(self, view: int, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32: the given rows in the given view."""
-        return self._batch(rows, *self._draw(view)).images_nchw
+        if self._drawn is None or self._drawn[0] != view:  # for the whole split at once
+            self._drawn = (view, *self._draw(view))
+        return self._batch(rows, *self._drawn[1:]).images_nchw
 
     def plain(self, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32: the given rows without augmentation."""
@@ -140,7 +144,8 @@ class Stream:
         if flips is not None:
             mirrored = flips[rows].to(self.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
-        return Batch(rows, images.float() / 255, self._labels[on_device])
+        images = in_channels_last(images, torch.float32).div_(255)
+        return Batch(rows, images, self._labels[on_device])
 
 
 def _fits(split: Split, device: torch.device) -> bool:
@@ -158,6 +163,4 @@ def _crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
     columns = torch.arange(width, device=images.device) + shifts[:, 1:]
     index = torch.arange(batch, device=images.device)[:, None, None]
     # advanced indices around the channel slice put it last
-    cropped = padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    # contiguous() leaves gray images as they are, in strides that convolutions take for NHWC
-    return cropped.clone(memory_format=torch.contiguous_format)
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ from pbkd.distill.job import (
     train_and_score,
 )
 from pbkd.distill.loss import damage_kl, distillation_loss, mse, relative_l2
+from pbkd.distill.profile import Profile, ProfileJob, merge_profiles, run_profile
 from pbkd.distill.score import Damage, score
 from pbkd.distill.trainee import TraineeResult, TraineeSpec, make_trainees
 
@@ -19,15 +20,19 @@ __all__ = [
     "Damage",
     "JobReport",
     "JobSpec",
+    "Profile",
+    "ProfileJob",
     "TraineeResult",
     "TraineeSpec",
     "TrainingJob",
     "damage_kl",
     "distillation_loss",
     "make_trainees",
+    "merge_profiles",
     "mse",
     "relative_l2",
     "run_job",
+    "run_profile",
     "score",
     "train_and_score",
 ]

@@ -15,8 +15,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pbkd.activations import CacheSource, Capture, RelaySource, Source, cache_keys
-from pbkd.artifacts import Store, load_tensors, write_json
+from pbkd.activations import (
+    CacheSource,
+    Capture,
+    RelaySource,
+    Resume,
+    ResumedSource,
+    Side,
+    Source,
+    both_sides,
+    cache_keys,
+)
+from pbkd.artifacts import Store, digest_of, load_tensors, save_tensors, write_json
 from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.data import Split, Stream, load_prepared
@@ -30,17 +40,27 @@ _log = logging.getLogger(__name__)
 
 TRAINEES = "trainees"
 SCORES = "scores"
+PREDICTIONS = "predictions"
+_LOGITS = "logits.safetensors"
 _SCORE_BATCH = 256
 
 
 class TrainingJob(BaseModel):
-    """What is to be trained, and how; ``progress`` is a folder for histories that grow."""
+    """What is to be trained, and how.
+
+    Attributes:
+        start: block with whose cached cut a relay begins; None: with the images.
+        cuts: block to the module whose input that cut is.
+        progress: folder for histories that grow.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     job_id: str
     trainees: tuple[TraineeSpec, ...]
     source: Literal["cache", "relay"]
+    start: str | None = None
+    cuts: dict[str, str] = {}
     activations: ActivationsConfig
     distill: DistillConfig
     seed: int
@@ -128,7 +148,6 @@ class _Worker:
         self.teacher, self.card = teacher.to(self.device), card
         self.train_stream = self._stream(train)
         self.val_stream = self._stream(val)
-        self._predictions: Predictions | None = None
 
     def train(self, specs: list[TraineeSpec], store: Store) -> None:
         batch_size, epochs = self.spec.distill.batch_size, self.spec.distill.epochs
@@ -153,26 +172,35 @@ class _Worker:
         block = self.teacher.net.get_submodule(spec.block)
         candidate = build_candidate(spec.config, block)
         candidate.load_state_dict(load_tensors(folder / WEIGHTS))
-        if self._predictions is None:
-            limit = self.spec.distill.score_images
-            self._predictions = predict(
-                self.teacher,
-                self.val_stream,
-                batch_size=_SCORE_BATCH,
-                limit=limit,
-                after_batch=self._beat,
-            )
         damage = score(
             self.teacher,
             spec.block,
             candidate.to(self.device).eval(),
-            self._predictions,
+            self._teacher_predictions(store),
             self.val_stream,
             _SCORE_BATCH,
             self._beat,
         )
         store.put(SCORES, spec.score_key, lambda folder: write_json(folder / SCORE, damage))
         self._beat()
+
+    def _teacher_predictions(self, store: Store) -> Predictions:
+        """What the teacher says of the images of the score: computed by the first job that asks."""
+        limit = self.spec.distill.score_images
+        key = digest_of(
+            {"teacher": self.card.digest, "data": self.card.data_digest, "images": limit}
+        )
+        if not store.has(PREDICTIONS, key):
+            found = predict(
+                self.teacher,
+                self.val_stream,
+                batch_size=_SCORE_BATCH,
+                limit=limit,
+                after_batch=self._beat,
+            )
+            store.put(PREDICTIONS, key, lambda folder: save_tensors(folder / _LOGITS, vars(found)))
+        kept = load_tensors(store.path(PREDICTIONS, key) / _LOGITS)
+        return Predictions(**{name: tensor.to(self.device) for name, tensor in kept.items()})
 
     def _trainee(self, spec: TraineeSpec, x: Tensor, steps: int) -> Trainee:
         block = self.teacher.net.get_submodule(spec.block)
@@ -198,14 +226,20 @@ class _Worker:
     def _source(self, paths: list[str], store: Store) -> Source:
         spec, batch_size = self.spec, self.spec.distill.batch_size
         if spec.source == "cache":
-            keys = cache_keys(self.card, spec.activations, spec.seed, paths)
-            return CacheSource(
-                store, keys, self.train_stream, len(self.val_stream), batch_size, self.device
-            )
+            return self._cache(both_sides(paths), store)
         images = self.val_stream.plain(torch.arange(min(batch_size, len(self.val_stream))))
         dtype = getattr(torch, spec.activations.dtype)
         capture = Capture(self.teacher, paths, images, dtype)
-        return RelaySource(capture, self.train_stream, self.val_stream, batch_size)
+        if spec.start is None:
+            return RelaySource(capture, self.train_stream, self.val_stream, batch_size)
+        resume = Resume(capture, spec.cuts[spec.start], images)
+        return ResumedSource(resume, self._cache([(spec.start, "cut")], store), spec.start)
+
+    def _cache(self, sides: list[tuple[str, Side]], store: Store) -> CacheSource:
+        spec = self.spec
+        keys = cache_keys(self.card, spec.activations, spec.seed, sides, spec.cuts)
+        num_val, batch_size = len(self.val_stream), spec.distill.batch_size
+        return CacheSource(store, keys, self.train_stream, num_val, batch_size, self.device)
 
     def _stream(self, split: Split) -> Stream:
         return Stream(

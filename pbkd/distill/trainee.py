@@ -20,7 +20,7 @@ from pbkd.distill.loss import LOSSES
 from pbkd.models import ModelCard
 from pbkd.seeding import derive_seed
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised whenever the same settings would give other weights."""
 
 WEIGHTS = "weights.safetensors"
@@ -203,8 +203,7 @@ class Trainee:
         self.module.eval()  # no dropout: the target has none, and draws depend on the grouping
         for norm in self._norms:
             norm.train()
-        output = self.module(_own_copy(activation.input))
-        loss = self.loss(output, activation.output.float())
+        loss = self._loss(activation)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -215,8 +214,7 @@ class Trainee:
     def batch_loss(self, activation: Activation) -> Tensor:
         """Validation loss of one batch times its number of images."""
         self.module.eval()
-        output = self.module(_own_copy(activation.input))
-        return self.loss(output, activation.output.float()) * len(output)
+        return self._loss(activation) * len(activation.input)
 
     def end_epoch(self, val_loss: float) -> None:
         """Record an epoch, keep the weights if they are the best, decide whether to go on.
@@ -246,6 +244,13 @@ class Trainee:
         save_tensors(folder / WEIGHTS, self._best.state)
         (folder / HISTORY).write_bytes(self.progress.read_bytes())
         write_json(folder / RESULT, self._result())
+
+    def _loss(self, activation: Activation) -> Tensor:
+        x = _own_copy(activation.input)
+        mixed = self.config.mixed_precision and x.device.type == "cuda"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            output = self.module(x)
+        return self.loss(output.float(), activation.output.float())
 
     def _better(self, val_loss: float) -> None:
         if val_loss < self._best.loss * (1 - self.config.min_improvement):
@@ -300,9 +305,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _optimizer(config: DistillConfig, module: nn.Module) -> torch.optim.Optimizer:
-    kinds: dict[str, type[torch.optim.AdamW | torch.optim.RMSprop]] = {
-        "adamw": torch.optim.AdamW,
-        "rmsprop": torch.optim.RMSprop,
-    }
-    kind = kinds[config.optimizer]
-    return kind(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    parameters, decay = module.parameters(), config.weight_decay
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=config.lr, weight_decay=decay)
+    # fused: one kernel for all parameters; a third of the time on the CPU
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=decay, fused=True)

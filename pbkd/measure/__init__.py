@@ -5,7 +5,7 @@ from pbkd.measure.energy import EnergyMeter, EnergyReading, EnergyWindow, job_en
 from pbkd.measure.eval_mode import eval_mode
 from pbkd.measure.flops import FLOPS_PER_MAC, count_macs
 from pbkd.measure.latency import Latency, measure_interleaved, measure_latency
-from pbkd.measure.machine import Machine, this_machine, usable_cores
+from pbkd.measure.machine import Machine, processor_name, this_machine, usable_cores
 from pbkd.measure.nvml import GpuInfo, device_info, device_is_shared, nvml_counters
 from pbkd.measure.rapl import rapl_counters
 from pbkd.measure.size import num_parameters, state_dict_bytes
@@ -31,6 +31,7 @@ __all__ = [
     "measure_latency",
     "num_parameters",
     "nvml_counters",
+    "processor_name",
     "rapl_counters",
     "state_dict_bytes",
     "this_machine",

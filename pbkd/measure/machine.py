@@ -31,7 +31,7 @@ class Machine:
 def this_machine() -> Machine:
     """Describe the machine that this process runs on."""
     return Machine(
-        processor=_processor(),
+        processor=processor_name(),
         cores=usable_cores(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
         python=platform.python_version(),
@@ -46,7 +46,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's model name, or its architecture where that is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbkd.artifacts import file_digest
+from pbkd.devices import channels_last
 from pbkd.errors import TeacherError, did_you_mean
 
 # Output channels of the 3x3 convolutions; "M": 2x2 max pooling (Simonyan & Zisserman, 1409.1556).
@@ -275,14 +276,17 @@ class CifarResNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network with its normalisation: takes float32 NCHW in [0, 1], gives (N, K) logits."""
+    """A network with its normalisation: takes float32 NCHW in [0, 1], gives (N, K) logits.
+
+    Its convolutions are in channels-last layout, whatever the layout of the images.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.net = net
+        self.net = channels_last(net)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
 

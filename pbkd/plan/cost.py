@@ -21,9 +21,11 @@ class BlockCost:
         read_input_s, read_output_s: reading the block's input, or output, from a cache.
         write_input_s, write_output_s: writing them once.
         input_bytes, output_bytes: their sizes in a cache.
+        read_cut_s, write_cut_s, cut_bytes: the same for the exact input, in float32, with which a
+            relay that begins with this block goes on.
         is_cut: whether the teacher can go on from this block's input alone: nothing that comes
             later depends on earlier results by another way, such as a skip around the block.
-        has_input, has_output: whether the cache holds them already.
+        has_input, has_output, has_cut: whether the cache holds them already.
     """
 
     path: str
@@ -31,13 +33,17 @@ class BlockCost:
     fill_teacher_s: float = 0.0
     read_input_s: float = 0.0
     read_output_s: float = 0.0
+    read_cut_s: float = 0.0
     write_input_s: float = 0.0
     write_output_s: float = 0.0
+    write_cut_s: float = 0.0
     input_bytes: int = 0
     output_bytes: int = 0
+    cut_bytes: int = 0
     is_cut: bool = False
     has_input: bool = False
     has_output: bool = False
+    has_cut: bool = False
 
 
 @dataclass(frozen=True)

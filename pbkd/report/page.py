@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import yaml
 
 from pbkd._version import __version__
 from pbkd.config import Params
-from pbkd.errors import MissingExtraError
 from pbkd.report import plots
-from pbkd.report.results import MachineFigures, Measured, Metrics, TraineeFigures
+from pbkd.report.results import (
+    BlockPhase,
+    MachineFigures,
+    Measured,
+    Metrics,
+    TraineeFigures,
+)
 from pbkd.report.tables import (
     Table,
     accuracy_table,
@@ -23,6 +27,7 @@ from pbkd.report.tables import (
     stage_table,
     summary_sentence,
 )
+from pbkd.report.template import fill
 from pbkd.students import Choice
 
 
@@ -53,15 +58,10 @@ def render(inputs: ReportInputs) -> str:
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("jinja2", "pipeline", "the report") from None
-    source = resources.files("pbkd.report").joinpath("page.html").read_text()
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     metrics, measured, trainees = inputs.metrics, inputs.measured, inputs.trainees
     phase = measured.block_phase
-    return environment.from_string(source).render(
+    return fill(
+        "page.html",
         network=inputs.network,
         summary=summary_sentence(metrics, measured, inputs.network),
         num_blocks=len({trainee.block for trainee in trainees}),
@@ -80,6 +80,7 @@ def render(inputs: ReportInputs) -> str:
         phase=block_phase_sentence(measured),
         jobs=job_table(phase) if phase and phase.jobs else None,
         gantt=plots.jobs(phase) if phase and phase.jobs else None,
+        predicted=prediction_note(phase, trainees, inputs.params.distill.epochs) if phase else None,
         stages=stage_table(measured),
         energy=energy_sentences(measured),
         settings=_settings(inputs.params),
@@ -108,6 +109,27 @@ def block_table(
             )
     heads = ("block", "student", "chosen", "damage (nats)", "accuracy lost (points)", "why")
     return Table("What was chosen", heads, tuple(rows))
+
+
+def prediction_note(
+    phase: BlockPhase, trainees: Sequence[TraineeFigures], num_epochs: int
+) -> str | None:
+    """How to read the predicted bars; None where there are none."""
+    if all(job.predicted_s is None for job in phase.jobs):
+        return None
+    text = (
+        "The thin dashed bar below a job is the time that the plan had predicted for it, drawn "
+        "from where the job began; all epochs are counted."
+    )
+    trained = {name for job in phase.jobs for name in job.trained}
+    lasts = [
+        max((epoch for epoch, _ in trainee.val_losses), default=-1)
+        for trainee in trainees
+        if f"{trainee.block}/{trainee.candidate}" in trained
+    ]
+    if early := sum(last + 1 < num_epochs for last in lasts):
+        text += f" {early} of {len(lasts)} candidates stopped early, which no plan foresees."
+    return text
 
 
 def machine_table(machine: MachineFigures, date: str) -> Table:

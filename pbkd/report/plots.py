@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from pbkd.report.results import BlockPhase, Metrics, TraineeFigures
 from pbkd.report.svg import (
@@ -15,6 +16,7 @@ from pbkd.report.svg import (
     svg_of,
 )
 
+GANTT_WIDTH = 7.5  # inches
 _CHARACTER = 0.6  # width of a digit over the height of its font
 
 
@@ -133,34 +135,70 @@ def candidate_keys(trainees: Sequence[TraineeFigures]) -> dict[str, str]:
 
 
 def jobs(phase: BlockPhase) -> str:
-    """Gantt chart: a row per worker, a bar per job, with the job's number where there is room."""
+    """Gantt chart: a row per worker, a bar per job, with the job's number where there is room.
+
+    Below a job's bar there is a thin dashed one as long as the job was predicted to take.
+    """
     workers = sorted({job.worker for job in phase.jobs}, key=lambda name: (len(name), name))
     rows = {name: row for row, name in enumerate(workers)}
-    width = 7.5
-    figure, axes = new_figure(width, 0.34 * len(rows) + 0.8)
-    style = series_style(0)
+    figure, axes = new_gantt(len(rows))
+    style, other = series_style(0), series_style(1)
+    is_predicted = any(job.predicted_s is not None for job in phase.jobs)
+    last_s = max([phase.wall_s, *(j.started_s + (j.predicted_s or 0) for j in phase.jobs)])
+    height = 0.56 if is_predicted else 0.8
     for number, job in enumerate(phase.in_order, start=1):
-        row = rows[job.worker]
-        span = (job.started_s, job.duration_s)
-        axes.broken_barh([span], (row - 0.4, 0.8), facecolor=style.colour, alpha=0.3)
-        axes.broken_barh([span], (row - 0.4, 0.8), facecolor="none", edgecolor=style.colour)
-        room = 60 * width * job.duration_s / phase.wall_s  # points; the axes take most of it
-        if room > 8 * _CHARACTER * len(str(number)) + 2:
-            axes.text(
-                job.started_s + job.duration_s / 2, row, str(number), fontsize=8,
-                ha="center", va="center_baseline", color=INK,
-            )  # fmt: skip
+        top = rows[job.worker] - 0.4
+        add_bar(axes, (job.started_s, job.duration_s), (top, height), style, str(number), last_s)
+        if job.predicted_s is not None:
+            span = (job.started_s, job.predicted_s)
+            axes.broken_barh(
+                [span], (top + 0.62, 0.18), facecolor="none", edgecolor=other.colour, linestyle="--"
+            )
     axes.set_yticks(list(rows.values()), [literal(name) for name in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, phase.wall_s)
-    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, last_s)
     axes.set_xlabel("seconds since the first job began")
-    return svg_of(figure, f"{len(phase.jobs)} jobs on {len(rows)} workers over time")
+    text = f"{len(phase.jobs)} jobs on {len(rows)} workers over time"
+    if is_predicted:
+        text += "; below each job the time that was predicted for it"
+    return svg_of(figure, text)
+
+
+def new_gantt(num_rows: int) -> tuple[Any, Any]:
+    """A figure and its axes for a Gantt chart with rows 0, 1, ... from the top."""
+    figure, axes = new_figure(GANTT_WIDTH, min(0.34 * num_rows, 14) + 0.8)
+    axes.set_ylim(num_rows - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    return figure, axes
+
+
+def add_bar(
+    axes: Any,
+    span: tuple[float, float],
+    row: tuple[float, float],
+    style: SeriesStyle,
+    label: str,
+    last: float,
+) -> None:
+    """Draw a job's bar, with the label where there is room for it.
+
+    Args:
+        span: start and duration.
+        row: top and height, in rows.
+        last: where the chart ends, in the unit of ``span``.
+    """
+    axes.broken_barh([span], row, facecolor=style.colour, alpha=0.3)
+    axes.broken_barh([span], row, facecolor="none", edgecolor=style.colour)
+    room = 60 * GANTT_WIDTH * span[1] / last  # points; the axes take most of the width
+    if room > 8 * _CHARACTER * len(label) + 2:
+        axes.text(
+            span[0] + span[1] / 2, row[0] + row[1] / 2, literal(label), fontsize=8,
+            ha="center", va="center_baseline", color=INK,
+        )  # fmt: skip
 
 
 def size_text(num_bytes: float) -> str:
     """Bytes with the decimal unit that reads best."""
-    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes:.3g} B"

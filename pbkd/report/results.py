@@ -102,6 +102,7 @@ class JobFigures(_Record):
         trained: names of the trainees.
         started_s: seconds after the phase began.
         energy_j: joules of the job's device; null unless the job had it alone.
+        predicted_s: the plan's duration; null in files of older versions.
     """
 
     job_id: str
@@ -110,6 +111,7 @@ class JobFigures(_Record):
     started_s: float
     duration_s: float
     energy_j: float | None
+    predicted_s: float | None = None
 
 
 class BlockPhase(_Record):
@@ -118,6 +120,7 @@ class BlockPhase(_Record):
     Attributes:
         jobs: in the order in which they ended.
         wall_s: from the first job's start to the last one's end, seconds.
+        predicted_s: the plan's ``wall_s``, all epochs counted; null in files of older versions.
         jobs_s: all jobs' seconds on their workers, added up.
         speedup: ``jobs_s / wall_s``.
         energy_j: of all counted devices over ``wall_s``; null where nothing could be read.
@@ -129,6 +132,7 @@ class BlockPhase(_Record):
     jobs_s: float
     speedup: float
     energy_j: float | None
+    predicted_s: float | None = None
     jobs: tuple[JobFigures, ...] = ()
 
     @property

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pbkd.blocks import Discovery
-from pbkd.plan import Job, place
 from pbkd.report.results import BlockPhase, Measured, Metrics, ModelFigures
 
 NOT_MEASURED = "not measured"
+NOT_PREDICTED = "not predicted"
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,27 @@ def stage_table(measured: Measured) -> Table:
 
 
 def job_table(phase: BlockPhase) -> Table:
-    """The jobs of the block phase, in the order of their start."""
-    rows = [
-        (
-            str(number),
-            job.worker,
-            f"{job.started_s:.1f}",
-            _seconds(job.duration_s),
-            joules_text(job.energy_j),
-            ", ".join(job.trained) or "nothing: all was in the store",
+    """The jobs of the block phase, in the order of their start.
+
+    Predicted times have a column where there are any.
+    """
+    is_predicted = any(job.predicted_s is not None for job in phase.jobs)
+    rows = []
+    for number, job in enumerate(phase.in_order, start=1):
+        predicted = NOT_PREDICTED if job.predicted_s is None else _seconds(job.predicted_s)
+        rows.append(
+            (
+                str(number),
+                job.worker,
+                f"{job.started_s:.1f}",
+                _seconds(job.duration_s),
+                *((predicted,) if is_predicted else ()),
+                joules_text(job.energy_j),
+                ", ".join(job.trained) or "nothing: all was in the store",
+            )
         )
-        for number, job in enumerate(phase.in_order, start=1)
-    ]
-    heads = ("job", "worker", "start (s)", "duration (s)", "energy (J)", "trained")
+    predicted_head = ("predicted (s)",) if is_predicted else ()
+    heads = ("job", "worker", "start (s)", "duration (s)", *predicted_head, "energy (J)", "trained")
     return Table("Jobs", heads, tuple(rows))
 
 
@@ -158,51 +166,41 @@ def discovery_tables(discovery: Discovery) -> list[Table]:
     return tables
 
 
-def plan_tables(plans: Mapping[int, list[Job]]) -> list[Table]:
-    """The jobs for the largest number of workers, and the predicted gain for each number."""
-    jobs = plans[max(plans)]
-    total = sum(job.cost for job in jobs)
-    job_rows = [
-        (job.job_id, ", ".join(job.trainees), f"{job.cost / 1e9:.1f}", f"{job.cost / total:.0%}")
-        for job in jobs
-    ]
-    gain_rows = []
-    for number, own_jobs in plans.items():
-        placed = place(own_jobs, number)
-        gain_rows.append(
-            (
-                str(number),
-                str(len(own_jobs)),
-                f"{placed.makespan / 1e9:.1f}",
-                f"{placed.bound / 1e9:.1f}",
-                f"{placed.speedup:.2f}",
-                f"{placed.speedup / number:.0%}",
-            )
-        )
-    heads = ("workers", "jobs", "makespan (GMAC)", "bound (GMAC)", "speed-up", "efficiency")
-    return [
-        Table(
-            f"Jobs for {max(plans)} workers", ("job", "trainees", "GMAC", "share"), tuple(job_rows)
-        ),
-        Table("Predicted, from multiply-accumulates", heads, tuple(gain_rows)),
-    ]
-
-
 def block_phase_sentence(measured: Measured) -> str:
     """What the parallel block phase gained."""
     phase = measured.block_phase
     if phase is None:
         return f"Block phase: {NOT_MEASURED} (no workers trained blocks on this machine)."
     return (
-        f"Block phase: {_counted(phase.num_jobs, 'job')} on "
-        f"{_counted(phase.num_workers, 'worker')}, {phase.wall_s:.1f} s; "
+        f"Block phase: {counted(phase.num_jobs, 'job')} on "
+        f"{counted(phase.num_workers, 'worker')}, {phase.wall_s:.1f} s{_predicted(phase)}; "
         f"{phase.jobs_s:.1f} s of work, speed-up {phase.speedup:.2f}; energy "
         f"{NOT_MEASURED if phase.energy_j is None else joules_text(phase.energy_j) + ' J'}."
     )
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration_text(duration_s: float) -> str:
+    """A time with the unit that reads best, to two or three digits."""
+    if duration_s < 1:
+        return f"{duration_s:.2g} s"
+    for unit, size, enough in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        value = duration_s / size
+        if value < enough:
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{duration_s / 86400:,.1f} days"
+
+
+def _predicted(phase: BlockPhase) -> str:
+    if phase.predicted_s is None or not phase.wall_s:
+        return ""
+    percent = round(100 * (phase.predicted_s / phase.wall_s - 1))
+    off = f"{abs(percent)} % {'more' if percent > 0 else 'less'} than it took"
+    return f", predicted {phase.predicted_s:.1f} s ({off if percent else 'as it took'})"
 
 
 def joules_text(energy_j: float | None) -> str:

@@ -1,14 +1,16 @@
-"""Stage `activations`: settle where activations come from, and fill the cache if there is one."""
+"""Stage `activations`: settle where activations come from, and fill the cache if there is one.
+
+The work in the middle, filling, is split into jobs; what maps them onto workers is the caller's.
+"""
 
 from __future__ import annotations
 
 import logging
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.activations import Capture, cache_bytes, cache_keys, fill_cache
+from pbkd.activations import FillJob, Side, both_sides, finish_fill, run_fill, side_bytes
 from pbkd.activations.cache import KIND
 from pbkd.artifacts import (
     Workspace,
@@ -18,54 +20,147 @@ from pbkd.artifacts import (
     read_json,
     write_json,
 )
-from pbkd.blocks import Discovery
 from pbkd.config import ActivationsConfig
-from pbkd.data import Prepared, Stream
-from pbkd.devices import best_device
-from pbkd.models import Classifier, ModelCard
-from pbkd.stages.blocks import read_blocks
+from pbkd.distill import Profile
 from pbkd.stages.context import StageContext
-from pbkd.stages.teacher import read_teacher
+from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled
 
 _log = logging.getLogger(__name__)
 
-_CAPTURE_BATCH = 128
+_CAPTURE_BATCH = 128  # where nothing was measured
 
 
 class Settled(BaseModel):
-    """What ``activations.json`` says: the source, and the settings that later stages share.
+    """What ``activations.json`` says: the sides that are cached; what later stages share.
 
     Attributes:
-        size_bytes: of the cache's tensors, whether or not it was made.
+        source: "relay": nothing is cached; "cache": both sides of every block; "mixed": some.
+        sides: (block, side) of the cache; "cut" is the exact input with which a relay begins.
+        cuts: block to the module whose input that is.
+        size_bytes: of the cache's tensors.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    source: Literal["cache", "relay"]
+    source: Literal["cache", "relay", "mixed"]
+    sides: tuple[tuple[str, Side], ...]
+    cuts: dict[str, str]
     config: ActivationsConfig
     seed: int
     size_bytes: int
 
 
 def run(context: StageContext) -> None:
-    """Write ``artifacts/activations/``: the settled source and, for `cache`, its shards."""
-    workspace, config = context.workspace, context.params.activations
-    output = workspace.artifacts("activations")
-    for folder in output.glob("*/*") if output.is_dir() else ():
+    """Write ``artifacts/activations/`` in this process, without an orchestrator."""
+    subject = start(context)
+    profile = None
+    if context.params.activations.source == "auto":
+        job = profile_job(context.workspace, subject, ["this process"])
+        profile = profiled(context.workspace, job, profile_here)
+    settled = settle(context, subject, profile, num_workers=1)
+    for fill in fill_jobs(context, subject, settled, profile, num_parts=1):
+        run_fill(fill)
+    finish(context, subject, settled)
+
+
+def start(context: StageContext) -> Subject:
+    """Import what the old output holds, and read what is to be planned.
+
+    Raises:
+        ArtifactError: an earlier stage has not run.
+    """
+    workspace, params = context.workspace, context.params
+    for folder in workspace.artifacts("activations").glob("*/*/*"):
         workspace.store.adopt(KIND, folder)
-    discovery = read_blocks(workspace)
-    teacher, card, prepared = read_teacher(workspace)
-    num = prepared.meta.num_images
-    size = cache_bytes(discovery.blocks, config, num["train"], num["val"])
-    source = config.source
-    if source == "auto":
-        source = "cache" if size <= config.max_cache_gb * 1e9 else "relay"
-    _log.info("source %s; a cache takes %.1f MB", source, size / 1e6)
-    keys: dict[tuple[str, int | str], str] = {}
-    if source == "cache":
-        keys = _fill(context, discovery, teacher, card, prepared)
-    settled = Settled(source=source, config=config, seed=context.params.seed, size_bytes=size)
-    _write(workspace, settled, keys)
+    return Subject.of(workspace, params.activations, params.distill, params.seed)
+
+
+def settle(
+    context: StageContext, subject: Subject, profile: Profile | None, num_workers: int
+) -> Settled:
+    """Choose what is cached: as the parameters say, or, with `auto`, for the shortest plan.
+
+    Args:
+        profile: the measured costs; only `auto` needs it.
+    """
+    config = context.params.activations
+    cuts = profile.cuts if profile is not None else {}
+    sides: list[tuple[str, Side]] = []
+    if config.source == "cache":
+        sides = both_sides(block.path for block in subject.discovery.blocks)
+    elif config.source == "auto":
+        assert profile is not None
+        held = subject.held(context.workspace.store, cuts)
+        plan = plan_of(
+            subject, profile, num_workers, held=held, disk_bytes=config.max_cache_gb * 1e9
+        )
+        sides = list(plan.cached)
+    everything = both_sides(block.path for block in subject.discovery.blocks)
+    source: Literal["cache", "relay", "mixed"] = "mixed"
+    if not sides:
+        source = "relay"
+    elif set(sides) == set(everything):
+        source = "cache"
+    size = _size(subject, sides)
+    _log.info("source %s; the cache takes %.1f MB", source, size / 1e6)
+    return Settled(
+        source=source,
+        sides=tuple(sides),
+        cuts={path: cuts[path] for path, side in sides if side == "cut"},
+        config=config,
+        seed=subject.seed,
+        size_bytes=size,
+    )
+
+
+def fill_jobs(
+    context: StageContext,
+    subject: Subject,
+    settled: Settled,
+    profile: Profile | None,
+    num_parts: int,
+) -> list[FillJob]:
+    """The jobs that write what the store does not hold yet; none if it holds all.
+
+    Raises:
+        ArtifactError: the disk has no room for it.
+    """
+    workspace, store = context.workspace, context.workspace.store
+    missing = [
+        side
+        for side in settled.sides
+        if not all(store.has(KIND, key) for key in subject.keys([side], settled.cuts).values())
+    ]
+    if not missing:
+        return []
+    check_free_space(store.root, _size(subject, missing), "the cache of activations")
+    return [
+        FillJob(
+            sides=tuple(missing),
+            cuts=settled.cuts,
+            activations=settled.config,
+            seed=settled.seed,
+            capture_batch=profile.capture_batch if profile else _CAPTURE_BATCH,
+            teacher=workspace.artifacts("teacher"),
+            prepared=workspace.prepared,
+            store=store.root,
+            part=part,
+            num_parts=num_parts,
+        )
+        for part in range(num_parts)
+    ]
+
+
+def finish(context: StageContext, subject: Subject, settled: Settled) -> None:
+    """Write ``artifacts/activations/``: what was settled and, by hard links, the cache's items."""
+    store, keys = context.workspace.store, subject.keys(settled.sides, settled.cuts)
+    finish_fill(store, keys)
+    with atomic_dir(context.workspace.artifacts("activations")) as folder:
+        for (path, side, view), key in keys.items():
+            target = folder / path / side / f"view-{view}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_tree(store.path(KIND, key), target)
+        write_json(folder / "activations.json", settled)
 
 
 def read_settled(workspace: Workspace) -> Settled:
@@ -75,46 +170,10 @@ def read_settled(workspace: Workspace) -> Settled:
     )
 
 
-def _fill(
-    context: StageContext,
-    discovery: Discovery,
-    teacher: Classifier,
-    card: ModelCard,
-    prepared: Prepared,
-) -> dict[tuple[str, int | str], str]:
-    config, seed, device = context.params.activations, context.params.seed, best_device()
-    teacher.to(device)
-    paths = [block.path for block in discovery.blocks]
-    keys = cache_keys(card, config, seed, paths)
-    store = context.workspace.store
-    missing = [name for name, key in keys.items() if not store.has(KIND, key)]
-    if not missing:
-        return keys
-    num = prepared.meta.num_images
-    size = cache_bytes(discovery.blocks, config, num["train"], num["val"])
-    size = size * len(missing) // len(keys)
-    check_free_space(store.root, size, "the cache of activations")
-    train, val = (
-        Stream(
-            prepared.split(name),
-            seed=seed,
-            augment=card.augment,
-            views=config.views,
-            chunk=config.chunk,
-            device=device,
-        )
-        for name in ("train", "val")
+def _size(subject: Subject, sides: list[tuple[str, Side]]) -> int:
+    blocks = {block.path: block for block in subject.discovery.blocks}
+    num = subject.num_images
+    return sum(
+        side_bytes(blocks[path], side, subject.activations, num["train"], num["val"])
+        for path, side in sides
     )
-    sample = val.plain(torch.arange(min(_CAPTURE_BATCH, len(val))))
-    capture = Capture(teacher, paths, sample, getattr(torch, config.dtype))
-    fill_cache(store, capture, keys, train, val, _CAPTURE_BATCH)
-    return keys
-
-
-def _write(workspace: Workspace, settled: Settled, keys: dict[tuple[str, int | str], str]) -> None:
-    with atomic_dir(workspace.artifacts("activations")) as folder:
-        for (path, view), key in keys.items():
-            target = folder / path / f"view-{view}"
-            target.parent.mkdir(exist_ok=True)
-            link_tree(workspace.store.path(KIND, key), target)
-        write_json(folder / "activations.json", settled)

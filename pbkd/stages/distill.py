@@ -13,25 +13,24 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd.activations.cache import KIND as ACTIVATIONS
 from pbkd.artifacts import Store, Workspace, atomic_dir, link_tree, read_json, write_json
-from pbkd.blocks import Discovery, candidate_name
 from pbkd.distill import (
     SCORES,
     TRAINEES,
     Damage,
     JobReport,
     JobSpec,
+    Profile,
     TraineeResult,
     TraineeSpec,
-    make_trainees,
     run_job,
 )
+from pbkd.distill.costs import teacher_score_s
 from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import RESULT
-from pbkd.models import read_card
-from pbkd.plan import Job, group_trainees, trainee_cost
+from pbkd.plan import Plan, PlannedJob
 from pbkd.stages.activations import Settled, read_settled
-from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
+from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled
 
 _log = logging.getLogger(__name__)
 
@@ -48,16 +47,28 @@ class Distilled(BaseModel):
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """All trainees of the present parameters, and jobs for those that the store does not hold."""
+    """All trainees of the present parameters, and jobs for those that the store does not hold.
+
+    Attributes:
+        jobs: in the order in which idle workers should take them.
+        predicted: what the jobs are predicted to take; None where there is nothing to do.
+        score_s: predicted seconds of the teacher's own pass over the images of the score.
+    """
 
     trainees: tuple[TraineeSpec, ...]
-    jobs: tuple[JobSpec, ...]
-    costs: dict[str, float]
+    jobs: tuple[JobSpec, ...] = ()
+    predicted: Plan | None = None
+    score_s: float = 0.0
 
     @property
     def blocks(self) -> list[str]:
         """Block paths in the order of the network."""
         return list(dict.fromkeys(trainee.block for trainee in self.trainees))
+
+    @property
+    def wall_s(self) -> float | None:
+        """Predicted seconds from the first job's start to the last one's end."""
+        return self.predicted.wall_s + self.score_s if self.predicted is not None else None
 
     def of_block(self, block: str) -> list[TraineeSpec]:
         """The trainees of one block."""
@@ -66,13 +77,23 @@ class DistillPlan:
 
 def run(context: StageContext) -> None:
     """Everything in this process, one job after the other, without an orchestrator."""
-    plan = plan_distill(context, num_workers=1)
-    reports = [run_job(job) for job in plan.jobs]
-    finish_distill(context, plan, reports)
+    plan = plan_here(context)
+    finish_distill(context, plan, [run_job(job) for job in plan.jobs])
 
 
-def plan_distill(context: StageContext, num_workers: int) -> DistillPlan:
-    """Import what the old output holds, then list what is left to do.
+def plan_here(context: StageContext) -> DistillPlan:
+    """The plan for this process as the only worker."""
+    subject = start(context)
+    todo = left_to_do(context, subject)
+    if not todo:
+        return DistillPlan(tuple(subject.trainees))
+    job = profile_job(context.workspace, subject, ["this process"])
+    profile = profiled(context.workspace, job, profile_here)
+    return plan_distill(context, subject, todo, profile, num_workers=1)
+
+
+def start(context: StageContext) -> Subject:
+    """Import what the old outputs hold, and read what there is to do.
 
     Raises:
         ArtifactError: an earlier stage has not run.
@@ -82,31 +103,40 @@ def plan_distill(context: StageContext, num_workers: int) -> DistillPlan:
     for kind in (TRAINEES, SCORES):
         for folder in (output / kind).iterdir() if (output / kind).is_dir() else ():
             store.adopt(kind, folder)
-    discovery, settled = read_blocks(workspace), read_settled(workspace)
-    for folder in workspace.artifacts("activations").glob("*/*"):  # the store may be new
+    settled = read_settled(workspace)
+    for folder in workspace.artifacts("activations").glob("*/*/*"):  # the store may be new
         store.adopt(ACTIVATIONS, folder)
-    card = read_card(workspace.artifacts("teacher"))
-    trainees = make_trainees(discovery, card, context.params.distill, settled.config, settled.seed)
-    costs = _costs(context, discovery, settled, trainees)
-    todo = {t.name: t for t in trainees if not is_done(store, t)}
-    jobs = group_trainees(
-        {name: costs[name] for name in todo},
-        {name: trainee.block for name, trainee in todo.items()},
-        settled.source,
+    return Subject.of(workspace, settled.config, context.params.distill, settled.seed)
+
+
+def left_to_do(context: StageContext, subject: Subject) -> list[TraineeSpec]:
+    """The trainees whose weights or score the store does not hold."""
+    store = context.workspace.store
+    return [trainee for trainee in subject.trainees if not is_done(store, trainee)]
+
+
+def plan_distill(
+    context: StageContext,
+    subject: Subject,
+    todo: list[TraineeSpec],
+    profile: Profile,
+    num_workers: int,
+) -> DistillPlan:
+    """Jobs for what is left, from measured costs and from what the cache holds."""
+    settled = read_settled(context.workspace)
+    plan = plan_of(
+        subject,
+        profile,
         num_workers,
+        source="auto" if settled.source == "mixed" else settled.source,
+        todo=todo,
+        held=settled.sides,
+        disk_bytes=0,
     )
-    specs = [_job_spec(context, settled, job, todo) for job in jobs]
-    return DistillPlan(tuple(trainees), tuple(specs), costs)
-
-
-def preview_jobs(context: StageContext, num_workers: int) -> list[Job]:
-    """The jobs of a run that finds an empty store; needs `activations` to have run."""
-    workspace = context.workspace
-    discovery, settled = read_blocks(workspace), read_settled(workspace)
-    card = read_card(workspace.artifacts("teacher"))
-    trainees = make_trainees(discovery, card, context.params.distill, settled.config, settled.seed)
-    costs = _costs(context, discovery, settled, trainees)
-    return group_trainees(costs, {t.name: t.block for t in trainees}, settled.source, num_workers)
+    by_name = {trainee.name: trainee for trainee in todo}
+    specs = [_job_spec(context, settled, job, by_name) for job in plan.jobs]
+    score_s = teacher_score_s(profile, subject.distill, subject.num_images["val"])
+    return DistillPlan(tuple(subject.trainees), tuple(specs), plan, score_s)
 
 
 def is_done(store: Store, trainee: TraineeSpec) -> bool:
@@ -149,35 +179,19 @@ def read_distilled(workspace: Workspace) -> list[Distilled]:
     return [Distilled.model_validate(entry) for entry in entries]
 
 
-def _costs(
-    context: StageContext, discovery: Discovery, settled: Settled, trainees: list[TraineeSpec]
-) -> dict[str, float]:
-    """Predicted cost by trainee; with a relay the teacher's pass up to the block counts, too."""
-    num_images = read_json(context.workspace.prepared / "meta.json")["num_images"]["train"]
-    facts = {(b.path, c.name): c for b in discovery.blocks for c in b.candidates}
-    prefix, reached = {}, 0
-    for block in discovery.blocks:
-        reached += block.macs
-        prefix[block.path] = reached if settled.source == "relay" else 0
-    return {
-        t.name: trainee_cost(
-            facts[t.block, candidate_name(t.config)].macs,
-            prefix[t.block],
-            num_images,
-            context.params.distill.epochs,
-        )
-        for t in trainees
-    }
-
-
 def _job_spec(
-    context: StageContext, settled: Settled, job: Job, trainees: dict[str, TraineeSpec]
+    context: StageContext,
+    settled: Settled,
+    job: PlannedJob,
+    trainees: dict[str, TraineeSpec],
 ) -> JobSpec:
     workspace = context.workspace
     return JobSpec(
         job_id=job.job_id,
         trainees=tuple(trainees[name] for name in job.trainees),
-        source=settled.source,
+        source=job.source,
+        start=job.start,
+        cuts=settled.cuts,
         activations=settled.config,
         distill=context.params.distill,
         seed=settled.seed,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,9 +152,14 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(card.class_names)))]),
     )
     requirements = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"]
-    with mlflow.start_run(
-        run_id=run.model_run(candidate.budget), log_system_metrics=False
-    ) as model_run:
+    with (
+        mlflow.start_run(
+            run_id=run.model_run(candidate.budget), log_system_metrics=False
+        ) as model_run,
+        warnings.catch_warnings(),
+    ):
+        # torch.export looks for contiguous weights; ours, channels last, come back as they were
+        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
         info = mlflow.pytorch.log_model(
             model,
             name=f"{candidate.budget}",

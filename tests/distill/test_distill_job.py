@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from pbkd.activations import FillJob, finish_fill, run_fill
 from pbkd.activations.cache import KIND, VAL, cache_key
 from pbkd.artifacts import (
     MARKER,
@@ -30,7 +31,8 @@ from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import HISTORY, RESULT, WEIGHTS, read_history
 from pbkd.models import read_card
 from pbkd.stages import StageContext, run_stage
-from pbkd.stages.distill import plan_distill
+from pbkd.stages.distill import DistillPlan, left_to_do, plan_distill, plan_here, start
+from pbkd.stages.planning import profile_here, profile_job, profiled
 
 Weights = dict[str, dict[str, torch.Tensor]]
 
@@ -50,7 +52,7 @@ def copy_of(workspace: Workspace, root: Path) -> Workspace:
 
 def job_of(workspace: Workspace, source: str = "cache") -> JobSpec:
     """One job with every trainee that the workspace has to train."""
-    jobs = plan_distill(StageContext.load(workspace), num_workers=1).jobs
+    jobs = plan_here(StageContext.load(workspace)).jobs
     trainees = sorted((t for job in jobs for t in job.trainees), key=lambda t: t.name)
     return jobs[0].model_copy(update={"trainees": tuple(trainees), "source": source})
 
@@ -164,6 +166,28 @@ def test_a_relay_gives_what_the_cache_gives_bit_for_bit(relay_reference, referen
     assert relay_reference[1] == reference[1]
 
 
+def test_a_relay_from_a_cut_gives_the_same_bits(untrained, reference):
+    job = job_of(untrained, "relay")
+    later = [t for t in job.trainees if t.block != "features.10"]
+    cut, cuts = "features.14", {"features.14": "features.14"}
+    job = part(job, later).model_copy(update={"start": cut, "cuts": cuts})
+    subject = start(StageContext.load(untrained))
+    fill = FillJob(
+        sides=((cut, "cut"),),
+        cuts=cuts,
+        activations=job.activations,
+        seed=job.seed,
+        capture_batch=32,
+        teacher=job.teacher,
+        prepared=job.prepared,
+        store=job.store,
+    )
+    run_fill(fill)
+    finish_fill(Store(job.store), subject.keys([(cut, "cut")], cuts))
+    run_job(job)
+    assert_equal(weights_of(job), {t.name: reference[0][t.name] for t in later})
+
+
 @pytest.mark.parametrize("source", ["cache", "relay"])
 @pytest.mark.parametrize("grouping", ["a job per block", "a job per trainee", "shuffled halves"])
 def test_grouping_and_order_change_neither_weights_nor_scores(
@@ -230,16 +254,16 @@ def test_what_is_finished_is_not_trained_again(trained, untrained):
     report = run_job(job)
     assert report.trained == ()
     assert contents(trained.store.root) == before
-    assert plan_distill(StageContext.load(trained), num_workers=1).jobs == ()
+    assert plan_here(StageContext.load(trained)).jobs == ()
 
 
 def test_a_missing_trainee_is_trained_alone(trained, reference):
-    plan = plan_distill(StageContext.load(trained), num_workers=1)
+    plan = plan_here(StageContext.load(trained))
     lost, *others = plan.trainees
     for kind, key in ((TRAINEES, lost.key), (SCORES, lost.score_key)):
         shutil.rmtree(trained.store.path(kind, key))
     before = {t.name: contents(trained.store.path(TRAINEES, t.key)) for t in others}
-    (job,) = plan_distill(StageContext.load(trained), num_workers=1).jobs
+    (job,) = plan_here(StageContext.load(trained)).jobs
     assert run_job(job).trained == (lost.name,)
     assert {t.name: contents(trained.store.path(TRAINEES, t.key)) for t in others} == before
     assert_equal(weights_of(job), {lost.name: reference[0][lost.name]})
@@ -248,13 +272,13 @@ def test_a_missing_trainee_is_trained_alone(trained, reference):
 def test_a_changed_score_setting_scores_anew_and_trains_nothing(trained, tmp_path):
     before = contents(trained.store.root / TRAINEES)
     change(trained, "distill", score_images=50)
-    plan = plan_distill(StageContext.load(trained), num_workers=1)
+    plan = plan_here(StageContext.load(trained))
     jobs = [
         # a fresh state folder has no folder for the progress
         job.model_copy(update={"progress": tmp_path / "new" / "progress"})
         for job in plan.jobs
     ]
-    assert [run_job(job).trained for job in jobs] == [()] * 3
+    assert {run_job(job).trained for job in jobs} == {()}
     assert contents(trained.store.root / TRAINEES) == before
     assert {d.num_images for job in jobs for d in scores_of(job).values()} == {50}
     assert len(list((trained.store.root / SCORES).iterdir())) == 12
@@ -287,8 +311,16 @@ def test_the_heartbeat_and_the_progress_are_there(untrained):
 
 
 def keys(workspace: Workspace) -> dict[str, tuple[str, str]]:
-    plan = plan_distill(StageContext.load(workspace), num_workers=1)
+    plan = plan_here(StageContext.load(workspace))
     return {f"{t.block}/{t.config.depth}": (t.key, t.score_key) for t in plan.trainees}
+
+
+def plan_for(workspace: Workspace, num_workers: int) -> DistillPlan:
+    context = StageContext.load(workspace)
+    subject = start(context)
+    job = profile_job(workspace, subject, ["one"])
+    profile = profiled(workspace, job, profile_here)
+    return plan_distill(context, subject, left_to_do(context, subject), profile, num_workers)
 
 
 def test_one_blocks_candidate_settings_change_that_blocks_keys_alone(untrained):
@@ -330,8 +362,8 @@ def test_workers_source_plan_device_and_place_are_in_no_key(untrained, tmp_path,
     run_stage("activations", StageContext.load(untrained))
     moved = copy_of(untrained, tmp_path / "elsewhere")
     assert keys(moved) == before
-    plans = [plan_distill(StageContext.load(moved), num_workers=n) for n in (1, 2, 3)]
-    assert [len(plan.jobs) for plan in plans] == [1, 2, 3]
+    plans = [plan_for(moved, num_workers) for num_workers in (1, 2, 3)]
+    assert all(len(plan.jobs) >= num for num, plan in enumerate(plans, start=1))
     assert len({tuple(t.key for t in plan.trainees) for plan in plans}) == 1
 
 
@@ -357,11 +389,11 @@ def poison(workspace: Workspace, block: str, view: int | str) -> None:
     """Put NaN into a block's cached outputs of one view, with the right checksums."""
     params = load_params(workspace.params)
     card = read_card(workspace.artifacts("teacher"))
-    key = cache_key(card, params.activations, params.seed, block, view)
+    key = cache_key(card, params.activations, params.seed, block, "output", view)
     folder = workspace.store.path(KIND, key)
     for shard in folder.glob("*.safetensors"):
         tensors = load_tensors(shard)
-        tensors["output"].fill_(torch.nan)
+        tensors["rows"].fill_(torch.nan)
         save_tensors(shard, tensors)
     (folder / MARKER).unlink()
     write_marker(folder, key)

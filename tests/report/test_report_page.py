@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 
 import pytest
 
@@ -24,47 +23,12 @@ from pbkd.report import (
     read_metrics,
     render,
 )
+from pbkd.report.page import prediction_note
 from pbkd.report.plots import accuracy_by_size, candidate_keys, damages, jobs, loss_curves
 from pbkd.report.svg import log_ticks, series_style
 from pbkd.stages.distill import read_distilled
 from pbkd.students import Choice
-
-VOID = {"meta", "br", "img", "link", "hr", "input"}
-OPTIONAL_END = {"html", "p"}
-
-
-class Page(HTMLParser):
-    """Collects tags and text, and checks that what is opened is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert set(self.open) <= OPTIONAL_END, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open[-1] != tag and self.open[-1] in OPTIONAL_END:
-            self.open.pop()
-        assert self.open, f"</{tag}> without a start"
-        assert self.open[-1] == tag, f"</{tag}> closes <{self.open[-1]}>"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
+from tests.report.html_page import Page
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +67,12 @@ def page_of(
     )
 
 
-def phase_of(num_jobs: int, num_workers: int, trained: Sequence[str] = ("a/x",)) -> BlockPhase:
+def phase_of(
+    num_jobs: int,
+    num_workers: int,
+    trained: Sequence[str] = ("a/x",),
+    predicted_s: float | None = None,
+) -> BlockPhase:
     done = [
         JobFigures(
             job_id=f"job-{index:03d}",
@@ -112,6 +81,7 @@ def phase_of(num_jobs: int, num_workers: int, trained: Sequence[str] = ("a/x",))
             started_s=10.0 * (index // num_workers),
             duration_s=10.0,
             energy_j=None if index else 123.4,
+            predicted_s=predicted_s,
         )
         for index in range(num_jobs)
     ]
@@ -335,6 +305,29 @@ def test_a_job_too_short_for_its_number_is_drawn_without():
     numbers = re.findall(r">(\d+)</text>", text)
     assert numbers.count("1") == numbers.count("3") == 1
     assert "2" not in numbers
+
+
+def test_what_was_predicted_is_drawn_beside_the_jobs_and_explained(figures):
+    without, predicted = phase_of(3, 2), phase_of(3, 2, predicted_s=25.0)
+    assert "predicted" not in jobs(without)
+    text = jobs(predicted)
+    assert text.count("stroke-dasharray") == jobs(without).count("stroke-dasharray") + 3
+    assert "below each job the time that was predicted for it" in text
+    page = " ".join(Page(page_of(figures, block_phase=predicted)).text)
+    assert "thin dashed bar" in page
+    assert "all epochs are counted" in page
+    assert "thin dashed bar" not in page_of(figures, block_phase=without)
+
+
+@pytest.mark.parametrize(("num_epochs", "early"), [(2, None), (3, "1 of 2"), (9, "2 of 2")])
+def test_candidates_that_stopped_early_are_counted_where_they_matter(num_epochs, early):
+    longer = trainee("b", "x").model_copy(update={"val_losses": ((-1, 1.0), (2, 0.5))})
+    own = [trainee("a", "x"), longer, trainee("not of this run", "x")]
+    phase = phase_of(1, 1, ["a/x", "b/x"], predicted_s=5.0)
+    note = prediction_note(phase, own, num_epochs)
+    assert note is not None
+    assert ("stopped early" in note) == (early is not None)
+    assert early is None or f"{early} candidates stopped early" in note
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from pbkd.errors import ArtifactError
-from pbkd.plan import Job
 from pbkd.report import (
     BlockPhase,
     Measured,
@@ -18,7 +17,7 @@ from pbkd.report import (
     stage_table,
     summary_sentence,
 )
-from pbkd.report.tables import accuracy_table, energy_sentences, job_table, plan_tables
+from pbkd.report.tables import accuracy_table, energy_sentences, job_table
 
 TEACHER = {
     "val_accuracy": 0.98,
@@ -194,17 +193,33 @@ def test_jobs_are_numbered_by_their_start():
     }
 
 
-def test_the_plan_shows_each_job_and_the_gain_of_each_number_of_workers():
-    jobs = [Job("job-000", ("a/x", "a/y"), 3e9), Job("job-001", ("b/x",), 1e9)]
-    job_table, gain_table = plan_tables({1: jobs, 2: jobs})
-    assert rows(job_table) == {
-        "job-000": ("a/x, a/y", "3.0", "75%"),
-        "job-001": ("b/x", "1.0", "25%"),
+def test_a_prediction_stands_beside_what_a_job_took():
+    job = {"worker": "gpu-0", "duration_s": 2.0, "trained": ["a/x"], "energy_j": None}
+    jobs = [
+        job | {"job_id": "job-000", "started_s": 0.0, "predicted_s": 1.5},
+        job | {"job_id": "job-001", "started_s": 4.0},
+    ]
+    table = job_table(BlockPhase.model_validate(PHASE | {"energy_j": None, "jobs": jobs}))
+    assert table.heads[3:5] == ("duration (s)", "predicted (s)")
+    assert {number: row[2:4] for number, row in rows(table).items()} == {
+        "1": ("2.0", "1.5"),
+        "2": ("2.0", "not predicted"),
     }
-    assert rows(gain_table) == {
-        "1": ("2", "4.0", "4.0", "1.00", "100%"),
-        "2": ("2", "3.0", "3.0", "1.33", "67%"),
-    }
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "expected"),
+    [
+        (None, "10.0 s; "),
+        (10.6, "10.0 s, predicted 10.6 s (6 % more than it took); "),
+        (7.5, "10.0 s, predicted 7.5 s (25 % less than it took); "),
+        (10.01, "10.0 s, predicted 10.0 s (as it took); "),
+    ],
+)
+def test_the_block_phase_is_set_against_its_prediction(predicted_s, expected):
+    phase = PHASE | {"energy_j": None, "predicted_s": predicted_s}
+    sentence = block_phase_sentence(measured(block_phase=phase))
+    assert sentence.startswith(f"Block phase: 5 jobs on 2 workers, {expected}18.0 s of work")
 
 
 @pytest.mark.parametrize("read", [read_metrics, read_measured])

@@ -30,7 +30,7 @@ def sections() -> set[str]:
 
 def stage_files() -> set[str]:
     names = {path.stem for path in (ROOT / "pbkd" / "stages").glob("*.py")}
-    return names - {"__init__", "context", "preflight"}
+    return names - {"__init__", "context", "planning", "preflight"}
 
 
 @pytest.mark.parametrize(

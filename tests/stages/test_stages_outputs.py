@@ -16,8 +16,9 @@ from pbkd.errors import ArtifactError, TeacherError
 from pbkd.models import read_card
 from pbkd.report import METRICS, read_measured
 from pbkd.stages import STAGES, StageContext, run_stage
+from pbkd.stages.activations import read_settled
 from pbkd.stages.context import stage_records
-from pbkd.stages.distill import plan_distill, read_distilled
+from pbkd.stages.distill import plan_here, read_distilled
 from pbkd.stages.evaluate import forget_measurements
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def test_a_changed_parameter_leaves_only_its_items_in_the_output_and_the_old_one
 
 def test_a_rerun_trains_nothing_and_writes_the_same(finished):
     before = digests(finished.artifacts("distill"))
-    assert plan_distill(StageContext.load(finished), num_workers=2).jobs == ()
+    assert plan_here(StageContext.load(finished)).jobs == ()
     run("distill", finished)
     assert digests(finished.artifacts("distill")) == before
 
@@ -190,7 +191,7 @@ def test_a_rerun_trains_nothing_and_writes_the_same(finished):
 def test_an_emptied_store_is_filled_again_from_the_outputs(finished):
     before = digests(finished.artifacts("distill"))
     shutil.rmtree(finished.state)
-    assert plan_distill(StageContext.load(finished), num_workers=1).jobs == ()
+    assert plan_here(StageContext.load(finished)).jobs == ()
     run("distill", finished)
     assert digests(finished.artifacts("distill")) == before
 
@@ -209,41 +210,56 @@ def test_a_damaged_item_of_the_output_is_not_taken_for_good(finished):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    jobs = plan_distill(StageContext.load(finished), num_workers=1).jobs
+    jobs = plan_here(StageContext.load(finished)).jobs
     assert [t.key for job in jobs for t in job.trainees] == [items[0].name]
 
 
-def views_of(workspace: Workspace) -> set[tuple[str, str]]:
+def views_of(workspace: Workspace) -> set[tuple[str, str, str]]:
     folder = workspace.artifacts("activations")
-    return {(path.parent.name, path.name) for path in folder.glob("*/*")}
+    return {path.relative_to(folder).parts for path in folder.glob("*/*/*")}
 
 
 def test_the_cache_holds_exactly_the_views_of_the_present_parameters(finished):
-    blocks = {block for block, _ in views_of(finished)}
+    blocks = {block for block, _, _ in views_of(finished)}
     assert len(blocks) == 5
     old = keys_in(finished.store.root / KIND)
     change(finished, "activations", views=1, chunk=400)
     run("activations", finished)
-    assert views_of(finished) == {(b, v) for b in blocks for v in ("view-0", "view-val")}
+    assert views_of(finished) == {
+        (block, side, view)
+        for block in blocks
+        for side in ("input", "output")
+        for view in ("view-0", "view-val")
+    }
     assert keys_in(finished.store.root / KIND) > old
 
 
 @pytest.mark.parametrize(
     ("settings", "source"),
     [
-        ({"source": "auto"}, "cache"),
-        ({"source": "auto", "max_cache_gb": 0.001}, "relay"),
         ({"source": "relay"}, "relay"),
         ({"source": "cache", "max_cache_gb": 0.0}, "cache"),
     ],
 )
-def test_the_source_is_settled_by_the_size_of_the_cache(finished, settings, source):
+def test_the_source_is_what_the_parameters_say(finished, settings, source):
     change(finished, "activations", **settings)
     run("activations", finished)
     settled = read_json(finished.artifacts("activations") / "activations.json")
     assert settled["source"] == source
     assert bool(views_of(finished)) == (source == "cache")
-    assert settled["size_bytes"] > 1e6
+    assert (settled["size_bytes"] > 1e6) == (source == "cache")
+
+
+def test_auto_caches_what_measured_costs_say_and_no_more_than_it_may(finished):
+    shutil.rmtree(finished.store.root)
+    shutil.rmtree(finished.artifacts("activations"))
+    change(finished, "activations", source="auto", max_cache_gb=0.002)
+    run("activations", finished)
+    settled = read_settled(finished)
+    assert settled.size_bytes <= 2e6
+    stored = {(block, side) for block, side, _ in views_of(finished)}
+    assert stored == set(settled.sides)
+    assert len(list((finished.state / "profiles").glob("*.json"))) == 1
 
 
 # ---------------------------------------------------------------- measurements
