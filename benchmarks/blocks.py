@@ -23,134 +23,24 @@ compares. One process on one CPU core, the cache's reader included.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
+from case import Cache, Case, Pbkd, Size, Variant, make_case, val_losses
 from harness import Target, finish, interleaved, median, parser, spread
-from published import Joint, Published, Recipe, Torchdistill
-from torch import nn
-from torch.nn import functional as F
+from published import Joint, Published, Torchdistill
 
-from pbkd.activations import (
-    CacheSource,
-    Capture,
-    RelaySource,
-    Source,
-    both_sides,
-    cache_keys,
-    fill_cache,
-    finish_fill,
-)
-from pbkd.artifacts import Store
-from pbkd.blocks import build_candidate, find_blocks, init_candidate
-from pbkd.config import (
-    ActivationsConfig,
-    AugmentConfig,
-    BlocksConfig,
-    DistillConfig,
-    SeparableConfig,
-)
-from pbkd.data import Split, Stream, load_prepared
-from pbkd.distill import TraineeSpec, make_trainees, relative_l2
-from pbkd.distill.trainee import Trainee
-from pbkd.models import Classifier, ModelCard, NetworkSpec, build_network
+from pbkd.activations import CacheSource, Capture, RelaySource
 
 _EPOCHS = 16
-_NUM_VAL = 128
-_SEED = 0
-_PIXELS = 32
-_CLASSES = 10
-_AUGMENT = AugmentConfig(pad=4, flip=True)
 _PUBLISHED, _JOINT, _RELAY, _CACHE, _FILL = "published", "joint", "relay", "cache", "fill"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network with its images, blocks and the candidates that every variant starts from."""
-
-    network: str
-    teacher: Classifier
-    card: ModelCard
-    train: Stream
-    val: Stream
-    specs: tuple[TraineeSpec, ...]
-    candidates: dict[str, nn.Module]
-    distill: DistillConfig
-    activations: ActivationsConfig
-
-    @property
-    def paths(self) -> list[str]:
-        """The blocks, in the order of the network."""
-        return list(self.candidates)
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps per candidate in the whole training."""
-        return self.distill.epochs * (len(self.train) // self.distill.batch_size)
-
-
-class Variant(Protocol):
-    """A way to train all candidates of a case."""
-
-    candidates: dict[str, nn.Module]
-
-    def epoch(self, epoch: int) -> None:
-        """Train all candidates for one epoch."""
-        ...
-
-
-class Pbkd:
-    """pbkd's trainees on one of its sources: the loop of a job, without validation."""
-
-    def __init__(self, case: Case, source: Source, progress: Path) -> None:
-        self.source = source
-        self.trainees = [
-            Trainee(
-                spec,
-                copy.deepcopy(case.candidates[spec.block]),
-                case.distill,
-                case.num_steps,
-                progress / f"{spec.key}.jsonl",
-            )
-            for spec in case.specs
-        ]
-        self.candidates = {trainee.spec.block: trainee.module for trainee in self.trainees}
-
-    def epoch(self, epoch: int) -> None:
-        """One epoch of all candidates."""
-        for activations in self.source.epoch(epoch, self.candidates):
-            for trainee in self.trainees:
-                trainee.step(activations[trainee.spec.block])
-
-
-class Cache:
-    """Everything here that knows how pbkd's cache is filled and read; training views only."""
-
-    def __init__(self, case: Case, capture: Capture) -> None:
-        self.case, self.capture = case, capture
-        keys = cache_keys(case.card, case.activations, _SEED, both_sides(case.paths))
-        self.keys = {key: value for key, value in keys.items() if isinstance(key[2], int)}
-
-    def fill(self, folder: Path) -> Store:
-        """Fill a new store."""
-        store, case = Store(folder), self.case
-        fill_cache(store, self.capture, self.keys, case.train, case.val, case.distill.batch_size)
-        finish_fill(store, self.keys)
-        return store
-
-    def source(self, store: Store) -> CacheSource:
-        """Read a filled one."""
-        case = self.case
-        return CacheSource(store, self.keys, case.train, len(case.val), case.distill.batch_size)
 
 
 def main() -> None:
@@ -166,7 +56,7 @@ def main() -> None:
     samples: dict[str, Any] = {}
     targets: list[Target] = []
     for network, epochs in plan.items():
-        case = _case(network, num_train, options.data)
+        case = make_case(Size(network, num_train, epochs=_EPOCHS), options.data)
         measured = _measure(case, options.epochs or epochs)
         samples[network] = asdict(measured)
         rows += _rows(case, measured)
@@ -229,9 +119,7 @@ class Measured:
 
 
 def _measure(case: Case, epochs: int) -> Measured:
-    images_nchw = next(case.train.epoch(0, case.distill.batch_size)).images_nchw
-    dtype = getattr(torch, case.activations.dtype)
-    capture = Capture(case.teacher, case.paths, images_nchw, dtype)
+    capture = case.capture()
     cache = Cache(case, capture)
     with tempfile.TemporaryDirectory(prefix="pbkd-blocks-") as folder:
         source = cache.source(cache.fill(Path(folder, "read")))
@@ -242,7 +130,7 @@ def _measure(case: Case, epochs: int) -> Measured:
         seconds = interleaved(clocks, epochs)
     trained = {name: variant.candidates for name, variant in variants.items()}
     losses = {
-        name: _val_losses(case, capture, candidates)
+        name: val_losses(case, capture, candidates)
         for name, candidates in {"before": case.candidates, **trained}.items()
     }
     return Measured(seconds, {name: clock.cpu_s for name, clock in clocks.items()}, losses)
@@ -251,16 +139,9 @@ def _measure(case: Case, epochs: int) -> Measured:
 def _variants(
     case: Case, capture: Capture, cache: CacheSource, progress: Path
 ) -> dict[str, Variant]:
-    distill = case.distill
-    recipe = Recipe(
-        batch_size=distill.batch_size,
-        lr=distill.lr,
-        weight_decay=distill.weight_decay,
-        num_steps=case.num_steps,
-        dtype=capture.dtype,
-    )
+    recipe = case.recipe
     plain = replace(recipe, layout=torch.contiguous_format)
-    relay = RelaySource(capture, case.train, case.val, distill.batch_size)
+    relay = RelaySource(capture, case.train, case.val, case.distill.batch_size)
     start = (case.teacher, case.candidates, case.train)
     variants: dict[str, Variant] = {
         _PUBLISHED: Published(*start, recipe),
@@ -293,108 +174,6 @@ class _Clock:
         self.cpu_s.append(time.process_time() - cpu_began)
         self.after()
         return took
-
-
-@torch.no_grad()
-def _val_losses(
-    case: Case, capture: Capture, candidates: Mapping[str, nn.Module]
-) -> dict[str, float]:
-    """Relative squared error per block, on the validation images in one batch."""
-    activations = capture(next(case.val.in_order(len(case.val))).images_nchw)
-    return {
-        path: float(relative_l2(candidate(pair.input.float()), pair.output.float()))
-        for path, candidate in candidates.items()
-        for pair in [activations[path]]
-    }
-
-
-# ---------------------------------------------------------------- the case
-
-
-def _case(network: str, num_train: int, data: Path | None) -> Case:
-    train, val = _splits(num_train, data)
-    spec = NetworkSpec(name=network, num_classes=_CLASSES, in_channels=3)
-    distill = DistillConfig(epochs=_EPOCHS)
-    activations = ActivationsConfig()
-    card = ModelCard(
-        network=spec,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        image_size=(_PIXELS, _PIXELS),
-        class_names=tuple(map(str, range(_CLASSES))),
-        augment=_AUGMENT,
-        data_digest="benchmark",
-        digest=network,
-    )
-    streams = [
-        Stream(
-            split,
-            seed=_SEED,
-            augment=_AUGMENT,
-            views=activations.views,
-            chunk=activations.chunk,
-        )
-        for split in (train, val)
-    ]
-    teacher = _teacher(card, streams[0])
-    blocks = BlocksConfig(candidates=(SeparableConfig(depth=2),))
-    discovery = find_blocks(teacher.net, blocks, torch.zeros(1, 3, _PIXELS, _PIXELS))
-    specs = tuple(make_trainees(discovery, card, distill, activations, _SEED))
-    candidates = {trainee.block: _candidate(teacher, trainee) for trainee in specs}
-    return Case(
-        network=network,
-        teacher=teacher,
-        card=card,
-        train=streams[0],
-        val=streams[1],
-        specs=specs,
-        candidates=candidates,
-        distill=distill,
-        activations=activations,
-    )
-
-
-def _teacher(card: ModelCard, train: Stream) -> Classifier:
-    """Random weights; batch norms that have seen the images keep activations in range."""
-    torch.manual_seed(_SEED)
-    teacher = Classifier(build_network(card.network), card.mean, card.std)
-    for module in teacher.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        teacher.train()(train.plain(torch.arange(min(256, len(train)))))
-    return teacher.eval().requires_grad_(False)
-
-
-def _candidate(teacher: Classifier, spec: TraineeSpec) -> nn.Module:
-    block = teacher.net.get_submodule(spec.block)
-    torch.manual_seed(spec.seed)
-    module = build_candidate(spec.config, block)
-    init_candidate(spec.config, module, block, torch.empty(0))  # no batch norm: no inputs needed
-    return module.requires_grad_(True)
-
-
-def _splits(num_train: int, data: Path | None) -> tuple[Split, Split]:
-    if data is None:
-        return _synthetic(num_train, 0), _synthetic(_NUM_VAL, 1)
-    prepared = load_prepared(data)
-    train, val = prepared.split("train"), prepared.split("val")
-    return _first(train, num_train), _first(val, _NUM_VAL)
-
-
-def _first(split: Split, num: int) -> Split:
-    return Split(np.array(split.images[:num]), np.array(split.labels[:num]))
-
-
-def _synthetic(num: int, seed: int) -> Split:
-    """Smooth random fields with a little noise: neighbouring pixels agree, as in photographs."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.zeros(num, 3, _PIXELS, _PIXELS)
-    for size in (2, 4, 8, 16, 32):
-        field = torch.randn(num, 3, size, size, generator=generator) / size**0.5
-        images += F.interpolate(field, _PIXELS, mode="bilinear", align_corners=False)
-    pixels = (images * 50 + 128).clamp(0, 255).byte().numpy()
-    return Split(pixels, np.arange(num, dtype=np.int64) % _CLASSES)
 
 
 # ---------------------------------------------------------------- reporting

@@ -1,4 +1,4 @@
-"""Blockwise distillation without pbkd: what benchmarks/blocks.py compares with.
+"""Blockwise distillation without pbkd: what blocks.py and gpu.py compare with.
 
 ``Published`` is the algorithm of Blakeney et al. (arXiv 2012.03096); ``Joint`` is what one writes
 today in plain PyTorch: forward hooks, one optimizer and one loss for all blocks; ``Torchdistill``
@@ -45,6 +45,7 @@ class Recipe:
         num_steps: of the whole training, per candidate: the length of the cosine schedule.
         dtype: activations are rounded to it, and go back to float32 before a candidate sees them.
         layout: of weights and images.
+        mixed_precision: candidates run under bfloat16 autocast, on a GPU only; as in pbkd.
     """
 
     batch_size: int
@@ -53,6 +54,7 @@ class Recipe:
     num_steps: int
     dtype: torch.dtype
     layout: torch.memory_format = torch.channels_last
+    mixed_precision: bool = False
 
 
 class _Baseline:
@@ -79,6 +81,14 @@ class _Baseline:
         """Input and output of a block as pbkd's sources hand them out."""
         return x.to(self.recipe.dtype), y.to(self.recipe.dtype)
 
+    def loss(self, path: str, pair: Pair) -> Tensor:
+        """A candidate's loss on its block's rounded input and output."""
+        x, target = pair[0].float(), pair[1].float()
+        mixed = self.recipe.mixed_precision and x.device.type == "cuda"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            output = self.candidates[path](x)
+        return relative_l2(output.float(), target)
+
 
 class Published(_Baseline):
     """One job per block, one after the other: prefix from the images, then a step.
@@ -98,10 +108,9 @@ class Published(_Baseline):
 
     def epoch(self, epoch: int) -> None:
         """One epoch of every job."""
-        for path, candidate in self.candidates.items():
+        for path in self.candidates:
             for images_nchw in self.images(epoch):
-                x, y = self._prefix(path, images_nchw)
-                self._learners[path].step(relative_l2(candidate(x.float()), y.float()))
+                self._learners[path].step(self.loss(path, self._prefix(path, images_nchw)))
 
     def _prefix(self, path: str, images_nchw: Tensor) -> Pair:
         block = self.teacher.get_submodule("net").get_submodule(path)
@@ -145,15 +154,12 @@ class Joint(_Baseline):
         for images_nchw in self.images(epoch):
             with torch.no_grad():
                 self.teacher(images_nchw)
-            losses = [
-                relative_l2(candidate(self._held[path][0].float()), self._held[path][1].float())
-                for path, candidate in self.candidates.items()
-            ]
+            losses = [self.loss(path, self._held[path]) for path in self.candidates]
             self._learner.step(torch.stack(losses).sum())
 
 
 class Torchdistill(_Baseline):
-    """``Joint``'s step by torchdistill's ``TrainingBox``; see the top of this file.
+    """``Joint``'s step by torchdistill's ``TrainingBox``, on the CPU; see the top of this file.
 
     Raises:
         ImportError: torchdistill is not installed; it is none of pbkd's requirements.

@@ -288,7 +288,7 @@ def plan(
     from pbkd.artifacts import atomic_path
     from pbkd.report import plan as report_plan
     from pbkd.stages import StageContext
-    from pbkd.stages.planning import Subject, plan_of
+    from pbkd.stages.planning import Subject, plans_of
 
     numbers = _numbers_of_workers(workers)
     context = StageContext.load(_workspace())
@@ -300,10 +300,7 @@ def plan(
     limit = config.max_cache_gb * 1e9 if config.source == "auto" else float("inf")
     plans = report_plan.Plans(
         network=subject.card.network.name,
-        by_workers={
-            number: plan_of(subject, profile, number, source=config.source, disk_bytes=limit)
-            for number in sorted({*numbers, 1, len(slots)})
-        },
+        by_workers=plans_of(subject, profile, {*numbers, 1, len(slots)}, config.source, limit),
         here=len(slots),
         profile=profile,
     )

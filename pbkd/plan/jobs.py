@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -68,6 +69,24 @@ def plan_block_phase(
         nothing = Candidate(line, empty_cache(line), (), 0.0, 0.0)
         return _plan(line, speeds, Placed(nothing, place_jobs([], speeds)))
     return _plan(line, speeds, _best(line, speeds, source))
+
+
+def on_more_workers(plan: Plan, speeds: Sequence[float]) -> Plan:
+    """The same jobs and cache on other workers, in the same order of dispatch.
+
+    The search is a heuristic for long lines: on more workers the jobs of a plan for fewer may be
+    done earlier than those that it finds.
+    """
+    placement = place_jobs(plan.placement.costs, speeds)
+    fill_s = plan.work.fill_s / sum(speeds)
+    return replace(
+        plan,
+        fill_s=fill_s,
+        placement=placement,
+        wall_s=fill_s + placement.makespan_s,
+        bound_s=fill_s + placement.bound_s,
+        bottleneck=bottleneck(plan.jobs, placement, speeds, fill_s, plan.work),
+    )
 
 
 def plan_bound(

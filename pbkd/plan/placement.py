@@ -112,16 +112,16 @@ def rearranged(placement: Placement, jobs: Sequence[int], workers: Sequence[int]
 
     Args:
         jobs: the present index of each new job.
-        workers: the present index of each new worker.
+        workers: the present index of each new worker; those beyond the present ones are idle.
     """
     new_index = {old: new for new, old in enumerate(jobs)}
+    idle = len(workers) - len(placement.workers)
+    present, loads = placement.workers + ((),) * idle, placement.loads + (0.0,) * idle
     return Placement(
         costs=tuple(placement.costs[old] for old in jobs),
-        workers=tuple(
-            tuple(new_index[job] for job in placement.workers[worker]) for worker in workers
-        ),
+        workers=tuple(tuple(new_index[job] for job in present[worker]) for worker in workers),
         starts_s=tuple(placement.starts_s[old] for old in jobs),
-        loads=tuple(placement.loads[worker] for worker in workers),
+        loads=tuple(loads[worker] for worker in workers),
         makespan_s=placement.makespan_s,
         bound_s=placement.bound_s,
     )

@@ -106,12 +106,15 @@ class Placed:
 
 
 class Search:
-    """Candidates of one line on given workers; remembers what it has looked at."""
+    """Candidates of one line on given workers; remembers what it has looked at.
+
+    Of more workers than trainees all share the filling, and the fastest train.
+    """
 
     def __init__(self, line: Line, speeds: Sequence[float], allowed: Allowed) -> None:
         self.line = line
-        self.speeds = tuple(sorted(speeds, reverse=True))
-        self.total_speed = sum(self.speeds)
+        self.speeds = tuple(sorted(speeds, reverse=True))[: line.size]
+        self.total_speed = sum(speeds)
         self.allowed: Allowed = allowed
         self.steps = 0
         self.max_steps = _MAX_STEPS // 3 if line.size > _LARGE else _MAX_STEPS

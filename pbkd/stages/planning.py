@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from pbkd.config import ActivationsConfig, AugmentConfig, DistillConfig
 from pbkd.distill import Profile, ProfileJob, TraineeSpec, make_trainees, run_profile
 from pbkd.distill.costs import block_costs, trainee_costs
 from pbkd.models import ModelCard, read_card
-from pbkd.plan import Limits, Plan, plan_block_phase
+from pbkd.plan import Limits, Plan, on_more_workers, plan_block_phase
 from pbkd.stages.blocks import read_blocks
 
 _log = logging.getLogger(__name__)
@@ -137,8 +137,6 @@ def plan_of(
     """
     specs = subject.trainees if todo is None else list(todo)
     limits = Limits(disk_bytes, profile.memory_bytes, profile.setup_s)
-    same_workers = num_workers == profile.num_workers
-    speeds = profile.speeds if same_workers else (1.0,) * num_workers
     augments = subject.card.augment != AugmentConfig()
     blocks = block_costs(
         subject.discovery.blocks,
@@ -150,7 +148,28 @@ def plan_of(
         held,
     )
     trainees = trainee_costs(specs, profile, subject.distill, subject.num_images)
+    speeds = _speeds(profile, num_workers)
     return plan_block_phase(blocks, trainees, speeds, limits, source)
+
+
+def plans_of(
+    subject: Subject, profile: Profile, numbers: Iterable[int], source: Source, disk_bytes: float
+) -> dict[int, Plan]:
+    """Plans from nothing for several numbers of workers, ascending; more are never slower."""
+    plans: dict[int, Plan] = {}
+    for number in sorted(set(numbers)):
+        plan = plan_of(subject, profile, number, source=source, disk_bytes=disk_bytes)
+        for fewer in plans.values():
+            if fewer.wall_s < plan.wall_s:
+                again = on_more_workers(fewer, _speeds(profile, number))
+                plan = min(plan, again, key=lambda one: one.wall_s)
+        plans[number] = plan
+    return plans
+
+
+def _speeds(profile: Profile, num_workers: int) -> tuple[float, ...]:
+    """Those measured, where so many were; others are taken to be like the mean."""
+    return profile.speeds if num_workers == profile.num_workers else (1.0,) * num_workers
 
 
 def _profile_path(workspace: Workspace, job: ProfileJob) -> Path:

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pbkd.errors import ConfigError
-from pbkd.plan import BlockCost, Limits, Plan, PlannedJob, TraineeCost, plan_block_phase, plan_bound
+from pbkd.plan import (
+    BlockCost,
+    Limits,
+    Plan,
+    PlannedJob,
+    TraineeCost,
+    on_more_workers,
+    plan_block_phase,
+    plan_bound,
+)
 
 Network = tuple[list[BlockCost], list[TraineeCost]]
 SECONDS = st.integers(1, 40).map(float)
@@ -432,3 +441,15 @@ def test_ten_thousand_trainees_are_planned_in_seconds() -> None:
     plan = plan_block_phase(blocks, trainees, speeds, Limits(job_s=1))
     assert time.process_time() - begin < 5
     assert plan.placement.makespan_s <= 1.01 * plan.placement.bound_s
+
+
+def test_a_plan_on_more_workers_keeps_its_jobs_and_is_no_longer() -> None:
+    blocks = [BlockCost(f"b{i}", 1.0, write_cut_s=1.0) for i in range(6)]
+    trainees = [TraineeCost(f"t{i}", f"b{i}", 10.0 + i) for i in range(6)]
+    two = plan_block_phase(blocks, trainees, [1.0, 1.0])
+    five = on_more_workers(two, [1.0] * 5)
+    assert five.jobs == two.jobs
+    assert five.cached == two.cached
+    assert len(five.placement.workers) == 5
+    assert five.wall_s <= two.wall_s
+    assert five.wall_s == pytest.approx(five.fill_s + five.placement.makespan_s)

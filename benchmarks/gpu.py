@@ -1,0 +1,274 @@
+"""Blockwise distillation on one GPU by pbkd and by the published algorithm: time, energy, loss.
+
+Claim: one H200 trains the replacements of VGG-16's 13 convolutions (two separable layers each, as
+in Blakeney et al., arXiv 2012.03096) for 16 epochs of 45,000 32x32 images in at most 20 s; in at
+most 3 times the least that the device allows (benchmarks/floor.py); and for at least 29 % less
+energy than the published algorithm, to the same validation losses.
+
+Variants, from equal weights, on equal batches and by equal steps (bfloat16 autocast):
+
+- published: a job per block, each with its own pass of the teacher up to its block; one epoch;
+- relay: pbkd, one teacher pass per batch for all blocks;
+- cache: pbkd, activations resident in GPU memory; filling (through the disk) is counted. Where two
+  views do not fit into 60 % of the free memory, onto the disk or into the call, one is taken, then
+  a part of the images, and the note says so;
+- cache, compiled: the same with ``torch.compile`` of the candidates; compiling is counted.
+
+"16 epochs" is 16 times the median epoch, or the time of all 16 where the call has time for them; of
+a part of the images, times the images left out. Validation is outside of every time. Joules are
+NVML's, of the whole GPU, idle draw included. Losses are compared after the first epoch.
+
+It needs the library alone, not the pipeline. Samples go to results/gpu.partial.json as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from case import Cache, Case, Pbkd, Size, Variant, make_case, val_losses
+from floor import Floor, floor_of, measure_rates
+from harness import Target, finish, median, parser
+from published import Published
+
+from pbkd.activations import CacheSource, Capture, RelaySource
+from pbkd.devices import best_device
+from pbkd.distill.trainee import Trainee
+from pbkd.measure import EnergyMeter, device_info, nvml_counters
+
+_PUBLISHED, _RELAY, _CACHE, _COMPILED = "published", "relay", "cache", "cache, compiled"
+_FULL = Size("cifar_vgg16", num_train=45_000, num_val=2048, batch_size=512)
+_TOY = Size("cifar_vgg16", num_train=256, num_val=64, width=0.125, batch_size=64, epochs=2)
+_LIMIT_S = 500.0
+_SHARE_OF_GPU = 0.6  # as CacheSource has it
+_SHARE_OF_DISK = 0.9
+_PARTIAL = Path(__file__).parent / "results" / "gpu.partial.json"
+_NOTE = (
+    "Published (arXiv 2012.03096, VGG-16, CIFAR-10): 3,920 s on one RTX 2080 Ti, 1,275 s on four."
+)
+_CPU_NOTE = "On a CPU: a check of this script alone; no figure here says anything of pbkd."
+
+
+def main() -> None:
+    """Run what the time allows, print, write the results."""
+    options = _options()
+    device = torch.device(options.device)
+    bench = _Bench(make_case(options.size, options.data, device), options)
+    rates = measure_rates(device)
+    bench.settings |= {"copy_bytes_per_s": rates.bytes_per_s, "bf16_flops_per_s": rates.flops_per_s}
+    floor = floor_of(bench.case, rates)
+    with tempfile.TemporaryDirectory(prefix="pbkd-gpu-", dir=options.folder) as folder:
+        bench.run(Path(folder))
+    samples = {name: asdict(outcome) for name, outcome in bench.outcomes.items()}
+    samples |= {"floor": asdict(floor)}
+    rows = [_row(bench, name, floor) for name in bench.outcomes]
+    rows += [_EMPTY | {"variant": name, "note": why} for name, why in bench.skipped.items()]
+    finish("gpu", bench.settings, samples, rows, _targets(bench, floor))
+    _PARTIAL.unlink(missing_ok=True)
+    print(_NOTE if device.type == "cuda" else f"{_NOTE}\n{_CPU_NOTE}")
+
+
+def _options() -> argparse.Namespace:
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default=best_device().type)
+    arguments.add_argument("--data", type=Path, help="a folder of prepared 32x32 RGB images")
+    arguments.add_argument("--folder", type=Path, help="where the cache lies while it is filled")
+    arguments.add_argument("--images", type=int, help="training images (45,000; 256 on a CPU)")
+    arguments.add_argument("--width", type=float, help="factor on channels (1; 0.125 on a CPU)")
+    arguments.add_argument("--limit", type=float, help="seconds of the whole call, about")
+    options = arguments.parse_args()
+    if options.device == "cpu" and not options.quick:
+        arguments.error("a CPU takes days for the full size; pass --quick")
+    size = _TOY if options.device == "cpu" else _FULL
+    num_train, width = options.images or size.num_train, options.width or size.width
+    options.size = Size(
+        size.network, num_train, size.num_val, width, min(size.batch_size, num_train), size.epochs
+    )
+    options.limit = options.limit or (_LIMIT_S / 2 if options.quick else _LIMIT_S)
+    return options
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and energy; ``energy_j`` None: could not be read."""
+
+    duration_s: float = 0.0
+    energy_j: float | None = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a variant took.
+
+    Attributes:
+        epochs: those really run.
+        fill, compile: before the first epoch.
+        scale: training images of the case over those that the variant had.
+        peak_bytes: most GPU memory allocated in the first epoch; None on a CPU.
+        losses: validation loss per block after the first epoch.
+    """
+
+    epochs: list[Cost]
+    losses: dict[str, float]
+    peak_bytes: int | None
+    fill: Cost = Cost()
+    compile: Cost = Cost()
+    scale: float = 1.0
+    note: str = ""
+
+    def epoch_s(self) -> float:
+        """The median epoch, of all images."""
+        return self.scale * median([cost.duration_s for cost in self.epochs])
+
+    def duration_s(self, epochs: int) -> float:
+        """The whole training."""
+        run_s = self.scale * sum(cost.duration_s for cost in self.epochs)
+        training_s = run_s if len(self.epochs) == epochs else epochs * self.epoch_s()
+        return self.compile.duration_s + self.scale * self.fill.duration_s + training_s
+
+    def energy_j(self, epochs: int) -> float | None:
+        """Joules of the whole training, by the mean epoch; None: one could not be read."""
+        read = [cost.energy_j for cost in self.epochs if cost.energy_j is not None]
+        before = (self.compile.energy_j, self.fill.energy_j)
+        if len(read) < len(self.epochs) or before[0] is None or before[1] is None:
+            return None
+        return before[0] + self.scale * (before[1] + epochs * statistics.fmean(read))
+
+
+@dataclass
+class _Bench:
+    """One call: the case, what is left of its time, and what was measured so far."""
+
+    case: Case
+    options: argparse.Namespace
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.on_gpu = self.case.device.type == "cuda"
+        self.deadline = time.perf_counter() + self.options.limit
+        self.capture = self.case.capture()
+        self.meter = EnergyMeter([c for c in nvml_counters() if c.name == _nvml_name(self.on_gpu)])
+        self.settings: dict[str, Any] = _settings(self.case, self.options)
+
+    def run(self, folder: Path) -> None:
+        """All variants, in turn; the cache goes last, as it may take what time is left."""
+        case, batch_size = self.case, self.case.distill.batch_size
+        few = case.smaller(2 * batch_size, 1)
+
+        def published(case: Case) -> Variant:
+            return Published(case.teacher, case.candidates, case.train, case.recipe)
+
+        def relay(case: Case) -> Variant:
+            source = RelaySource(self.capture, case.train, case.val, batch_size)
+            return Pbkd(case, source, folder / "progress")
+
+        published(few).epoch(0)  # warm-ups
+        relay(few).epoch(0)
+        self._train(_PUBLISHED, published(case), share=0.0)
+        self._train(_RELAY, relay(case), share=0.25)
+        self._cache(folder, few)
+
+    def _cache(self, folder: Path, few: Case) -> None:
+        warm = self._timed(lambda: self._filled(few, folder / "few"))
+        case, note = self._what_fits(folder, warm.duration_s / len(few.train))
+        sources: list[CacheSource] = []
+        fill = self._timed(lambda: sources.append(self._filled(case, folder / "cache")))
+        shutil.rmtree(folder / "cache")  # all of it is on the device
+        scale = len(self.case.train) / len(case.train)
+        kept = {"fill": fill, "scale": scale, "note": note}
+        eager = Pbkd(case, sources[0], folder / "progress")
+        self._train(_CACHE, eager, share=0.4, **kept)
+        # every instance of a module's code takes one of dynamo's entries, of which 8 are allowed
+        with torch._dynamo.config.patch(recompile_limit=64):
+            compiled = Pbkd(case, sources[0], folder / "progress")
+            try:
+                cost = self._timed(lambda: self._compile(compiled))
+                self._train(_COMPILED, compiled, share=0.8, compile=cost, **kept)
+            except Exception as error:  # noqa: BLE001 - whatever the compiler raises
+                self.skipped[_COMPILED] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+    def _filled(self, case: Case, folder: Path) -> CacheSource:
+        cache = Cache(case, self.capture)
+        source = cache.source(cache.fill(folder), resident=True)
+        for view in range(case.activations.views):  # the first batch of a view loads the view
+            next(iter(source.epoch(view, case.paths)))
+        return source
+
+    def _what_fits(self, folder: Path, image_s: float) -> tuple[Case, str]:
+        """The case with as many views and images as can be cached, and what it lacks, and why."""
+        case, batch_size = self.case, self.case.distill.batch_size
+        image = self.capture(case.train.plain(torch.arange(1)))
+        image_bytes = sum(t.numel() * t.element_size() for a in image.values() for t in vars(a).values())
+        room = {
+            "the disk": int(_SHARE_OF_DISK * shutil.disk_usage(folder).free / image_bytes),
+            "the call's time": int(0.5 * self._left_s() / image_s),
+        }
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            free_bytes, _ = torch.cuda.mem_get_info()
+            room["60 % of GPU memory"] = int(_SHARE_OF_GPU * free_bytes / image_bytes)
+        least = min(room, key=room.__getitem__)
+        wanted = case.activations.views
+        views = max(1, min(wanted, room[least] // len(case.train)))
+        num = min(len(case.train), max(batch_size, room[least] // batch_size * batch_size))
+        note = f"{views} of {wanted} views, {num} of {len(case.train)} images"
+        note += f", {views * num * image_bytes / 1e9:.3g} GB"
+        short = views < wanted or num < len(case.train)
+        return case.smaller(num, views), f"{note}; limit: {least}" if short else note
+
+    def _compile(self, variant: Pbkd) -> None:
+        """Compile by a step on the first batch, then undo the step."""
+        batch = next(iter(variant.source.epoch(0, variant.candidates)))
+        for trainee in variant.trainees:
+            parts = (trainee.module, trainee.optimizer, trainee.schedule)
+            before = [copy.deepcopy(part.state_dict()) for part in parts]
+            trainee.module.compile(
+                fullgraph=True, dynamic=False, backend="inductor" if self.on_gpu else "eager"
+            )
+            trainee.step(batch[trainee.spec.block])
+            for part, state in zip(parts, before, strict=True):
+                part.load_state_dict(state)
+
+    def _train(self, name: str, variant: Variant, share: float, **kept: Any) -> None:
+        """One epoch, then as many of the others as a share of the time left allows."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        epochs = [self._timed(lambda: variant.epoch(0))]
+        peak_bytes = torch.cuda.max_memory_allocated() if self.on_gpu else None
+        losses = val_losses(self.case, self.capture, variant.candidates)
+        more = int(share * self._left_s() / epochs[0].duration_s)
+        for epoch in range(1, min(self.case.distill.epochs, 1 + more)):
+            epochs.append(self._timed(lambda epoch=epoch: variant.epoch(epoch)))
+        self.outcomes[name] = Outcome(epochs, losses, peak_bytes, **kept)
+        samples = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+        _PARTIAL.parent.mkdir(exist_ok=True)
+        _PARTIAL.write_text(json.dumps({"settings": self.settings, "samples": samples}, indent=2))
+        print(f"{name}: {len(epochs)} epochs, {self._left_s():.0f} s left", flush=True)
+
+    def _timed(self, run: Callable[[], object]) -> Cost:
+        self._synchronise()
+        with self.meter.window("benchmark") as window:
+            run()
+            self._synchronise()
+        return Cost(window.result.duration_s, window.result.total_j)
+
+    def _synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def _left_s(self) -> float:
+        return max(0.0, self.deadline - time.perf_counter())
