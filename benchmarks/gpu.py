@@ -24,32 +24,33 @@ It needs the library alone, not the pipeline. Samples go to results/gpu.partial.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from case import Cache, Case, Pbkd, Size, Variant, make_case, val_losses
-from floor import Floor, floor_of, measure_rates
-from harness import Target, finish, median, parser
+from floor import floor_of, measure_rates
+from harness import finish, parser
+from outcome import CACHE, COMPILED, PUBLISHED, RELAY, Cost, Outcome, Result
 from published import Published
 
-from pbkd.activations import CacheSource, Capture, RelaySource
+from pbkd.activations import CacheSource, RelaySource
 from pbkd.devices import best_device
-from pbkd.distill.trainee import Trainee
 from pbkd.measure import EnergyMeter, device_info, nvml_counters
 
-_PUBLISHED, _RELAY, _CACHE, _COMPILED = "published", "relay", "cache", "cache, compiled"
 _FULL = Size("cifar_vgg16", num_train=45_000, num_val=2048, batch_size=512)
 _TOY = Size("cifar_vgg16", num_train=256, num_val=64, width=0.125, batch_size=64, epochs=2)
 _LIMIT_S = 500.0
+_COMPILING = 0.25
+"""Share of the call without which nothing is compiled: a compilation cannot be cut short."""
 _SHARE_OF_GPU = 0.6  # as CacheSource has it
 _SHARE_OF_DISK = 0.9
 _PARTIAL = Path(__file__).parent / "results" / "gpu.partial.json"
@@ -65,15 +66,21 @@ def main() -> None:
     device = torch.device(options.device)
     bench = _Bench(make_case(options.size, options.data, device), options)
     rates = measure_rates(device)
-    bench.settings |= {"copy_bytes_per_s": rates.bytes_per_s, "bf16_flops_per_s": rates.flops_per_s}
     floor = floor_of(bench.case, rates)
+    bench.settings |= {"rates": asdict(rates), "floor": asdict(floor)}
+    print(f"floor: {floor.duration_s:.3g} s", flush=True)
     with tempfile.TemporaryDirectory(prefix="pbkd-gpu-", dir=options.folder) as folder:
         bench.run(Path(folder))
-    samples = {name: asdict(outcome) for name, outcome in bench.outcomes.items()}
-    samples |= {"floor": asdict(floor)}
-    rows = [_row(bench, name, floor) for name in bench.outcomes]
-    rows += [_EMPTY | {"variant": name, "note": why} for name, why in bench.skipped.items()]
-    finish("gpu", bench.settings, samples, rows, _targets(bench, floor))
+    size = options.size
+    result = Result(
+        num_images=len(bench.case.train),
+        epochs=size.epochs,
+        floor_s=floor.duration_s,
+        outcomes=bench.outcomes,
+        skipped=bench.skipped,
+    )
+    targets = result.targets(on_gpu=bench.on_gpu, full_size=size == _FULL)
+    finish("gpu", bench.settings, bench.samples(), result.rows(), targets)
     _PARTIAL.unlink(missing_ok=True)
     print(_NOTE if device.type == "cuda" else f"{_NOTE}\n{_CPU_NOTE}")
 
@@ -88,64 +95,20 @@ def _options() -> argparse.Namespace:
     arguments.add_argument("--limit", type=float, help="seconds of the whole call, about")
     options = arguments.parse_args()
     if options.device == "cpu" and not options.quick:
-        arguments.error("a CPU takes days for the full size; pass --quick")
+        arguments.error("the full size needs a GPU; pass --quick")
     size = _TOY if options.device == "cpu" else _FULL
-    num_train, width = options.images or size.num_train, options.width or size.width
-    options.size = Size(
-        size.network, num_train, size.num_val, width, min(size.batch_size, num_train), size.epochs
+    num_train = options.images or size.num_train
+    options.size = replace(
+        size,
+        num_train=num_train,
+        width=options.width or size.width,
+        batch_size=min(size.batch_size, num_train // 2),
     )
     options.limit = options.limit or (_LIMIT_S / 2 if options.quick else _LIMIT_S)
     return options
 
 
 # ---------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Time and energy; ``energy_j`` None: could not be read."""
-
-    duration_s: float = 0.0
-    energy_j: float | None = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a variant took.
-
-    Attributes:
-        epochs: those really run.
-        fill, compile: before the first epoch.
-        scale: training images of the case over those that the variant had.
-        peak_bytes: most GPU memory allocated in the first epoch; None on a CPU.
-        losses: validation loss per block after the first epoch.
-    """
-
-    epochs: list[Cost]
-    losses: dict[str, float]
-    peak_bytes: int | None
-    fill: Cost = Cost()
-    compile: Cost = Cost()
-    scale: float = 1.0
-    note: str = ""
-
-    def epoch_s(self) -> float:
-        """The median epoch, of all images."""
-        return self.scale * median([cost.duration_s for cost in self.epochs])
-
-    def duration_s(self, epochs: int) -> float:
-        """The whole training."""
-        run_s = self.scale * sum(cost.duration_s for cost in self.epochs)
-        training_s = run_s if len(self.epochs) == epochs else epochs * self.epoch_s()
-        return self.compile.duration_s + self.scale * self.fill.duration_s + training_s
-
-    def energy_j(self, epochs: int) -> float | None:
-        """Joules of the whole training, by the mean epoch; None: one could not be read."""
-        read = [cost.energy_j for cost in self.epochs if cost.energy_j is not None]
-        before = (self.compile.energy_j, self.fill.energy_j)
-        if len(read) < len(self.epochs) or before[0] is None or before[1] is None:
-            return None
-        return before[0] + self.scale * (before[1] + epochs * statistics.fmean(read))
 
 
 @dataclass
@@ -159,10 +122,11 @@ class _Bench:
 
     def __post_init__(self) -> None:
         self.on_gpu = self.case.device.type == "cuda"
-        self.deadline = time.perf_counter() + self.options.limit
+        self.deadline: float = time.perf_counter() + self.options.limit
         self.capture = self.case.capture()
+        self.before = val_losses(self.case, self.capture, self.case.candidates)
         self.meter = EnergyMeter([c for c in nvml_counters() if c.name == _nvml_name(self.on_gpu)])
-        self.settings: dict[str, Any] = _settings(self.case, self.options)
+        self.settings = _settings(self.case, self.options)
 
     def run(self, folder: Path) -> None:
         """All variants, in turn; the cache goes last, as it may take what time is left."""
@@ -178,9 +142,14 @@ class _Bench:
 
         published(few).epoch(0)  # warm-ups
         relay(few).epoch(0)
-        self._train(_PUBLISHED, published(case), share=0.0)
-        self._train(_RELAY, relay(case), share=0.25)
-        self._cache(folder, few)
+        self._train(PUBLISHED, published(case), share=0.0)
+        self._train(RELAY, relay(case), share=0.2)
+        self._optional(CACHE, lambda: self._cache(folder, few))
+
+    def samples(self) -> dict[str, Any]:
+        """Losses of the initial candidates, and what each variant took so far."""
+        outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+        return {"before": self.before, **outcomes}
 
     def _cache(self, folder: Path, few: Case) -> None:
         warm = self._timed(lambda: self._filled(few, folder / "few"))
@@ -191,15 +160,25 @@ class _Bench:
         scale = len(self.case.train) / len(case.train)
         kept = {"fill": fill, "scale": scale, "note": note}
         eager = Pbkd(case, sources[0], folder / "progress")
-        self._train(_CACHE, eager, share=0.4, **kept)
+        self._train(CACHE, eager, share=0.2, **kept)
+        again = Pbkd(case, sources[0], folder / "progress")
+        self._optional(COMPILED, lambda: self._compiled(again, kept))
+
+    def _compiled(self, variant: Pbkd, kept: dict[str, Any]) -> None:
+        if self._left_s() < _COMPILING * self.options.limit:
+            raise TimeoutError("no time left")
         # every instance of a module's code takes one of dynamo's entries, of which 8 are allowed
         with torch._dynamo.config.patch(recompile_limit=64):
-            compiled = Pbkd(case, sources[0], folder / "progress")
-            try:
-                cost = self._timed(lambda: self._compile(compiled))
-                self._train(_COMPILED, compiled, share=0.8, compile=cost, **kept)
-            except Exception as error:  # noqa: BLE001 - whatever the compiler raises
-                self.skipped[_COMPILED] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            cost = self._timed(lambda: self._compile(variant))
+            self._train(COMPILED, variant, share=0.8, compile=cost, **kept)
+
+    def _optional(self, name: str, run: Callable[[], None]) -> None:
+        """Run what may fail without loss of the other variants' figures."""
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001 - whatever the compiler or the disk raises
+            self.skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"{name}: skipped: {self.skipped[name]}", flush=True)
 
     def _filled(self, case: Case, folder: Path) -> CacheSource:
         cache = Cache(case, self.capture)
@@ -212,7 +191,7 @@ class _Bench:
         """The case with as many views and images as can be cached, and what it lacks, and why."""
         case, batch_size = self.case, self.case.distill.batch_size
         image = self.capture(case.train.plain(torch.arange(1)))
-        image_bytes = sum(t.numel() * t.element_size() for a in image.values() for t in vars(a).values())
+        image_bytes = sum(side.nbytes for pair in image.values() for side in vars(pair).values())
         room = {
             "the disk": int(_SHARE_OF_DISK * shutil.disk_usage(folder).free / image_bytes),
             "the call's time": int(0.5 * self._left_s() / image_s),
@@ -234,7 +213,7 @@ class _Bench:
         """Compile by a step on the first batch, then undo the step."""
         batch = next(iter(variant.source.epoch(0, variant.candidates)))
         for trainee in variant.trainees:
-            parts = (trainee.module, trainee.optimizer, trainee.schedule)
+            parts: tuple[Any, ...] = (trainee.module, trainee.optimizer, trainee.schedule)
             before = [copy.deepcopy(part.state_dict()) for part in parts]
             trainee.module.compile(
                 fullgraph=True, dynamic=False, backend="inductor" if self.on_gpu else "eager"
@@ -249,14 +228,15 @@ class _Bench:
             torch.cuda.reset_peak_memory_stats()
         epochs = [self._timed(lambda: variant.epoch(0))]
         peak_bytes = torch.cuda.max_memory_allocated() if self.on_gpu else None
-        losses = val_losses(self.case, self.capture, variant.candidates)
+        with torch.compiler.set_stance("force_eager"):  # else a graph more is compiled
+            losses = val_losses(self.case, self.capture, variant.candidates)
         more = int(share * self._left_s() / epochs[0].duration_s)
         for epoch in range(1, min(self.case.distill.epochs, 1 + more)):
-            epochs.append(self._timed(lambda epoch=epoch: variant.epoch(epoch)))
+            epochs += [self._timed(partial(variant.epoch, epoch))]
         self.outcomes[name] = Outcome(epochs, losses, peak_bytes, **kept)
-        samples = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
         _PARTIAL.parent.mkdir(exist_ok=True)
-        _PARTIAL.write_text(json.dumps({"settings": self.settings, "samples": samples}, indent=2))
+        found = {"settings": self.settings, "samples": self.samples()}
+        _PARTIAL.write_text(json.dumps(found, indent=2) + "\n")
         print(f"{name}: {len(epochs)} epochs, {self._left_s():.0f} s left", flush=True)
 
     def _timed(self, run: Callable[[], object]) -> Cost:
@@ -272,3 +252,32 @@ class _Bench:
 
     def _left_s(self) -> float:
         return max(0.0, self.deadline - time.perf_counter())
+
+
+def _nvml_name(on_gpu: bool) -> str | None:
+    """Name of the counter of torch's GPU; None: there is none, or it cannot be told."""
+    if not on_gpu:
+        return None
+    uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)
+    gpus = device_info()
+    same = [gpu for gpu in gpus if gpu.uuid == f"GPU-{uuid}"] or (gpus if len(gpus) == 1 else [])
+    return same[0].name if same else None
+
+
+def _settings(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "device": options.device,
+        "gpus": [asdict(gpu) for gpu in device_info()],
+        "size": asdict(options.size),
+        "data": "synthetic" if options.data is None else "prepared",
+        "views": case.activations.views,
+        "dtype": case.activations.dtype,
+        "mixed_precision": case.distill.mixed_precision and options.device == "cuda",
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "published": _NOTE,
+        **({} if options.device == "cuda" else {"warning": _CPU_NOTE}),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What the drivers cost: the same pipeline by the library alone, by `pbkd run`, by `dvc repro`.
 
-Every program starts from nothing, in its own workspace, on one core with one worker of one thread,
-and ends with a registered model:
+Every program starts from nothing, in its own workspace, with one worker of as many threads as there
+are cores, and ends with a registered model:
 
 - library: every stage in one process, no orchestrator;
 - run, warm: `pbkd run` with a Prefect server that is running already;
@@ -55,8 +55,6 @@ def main() -> None:
     """Measure, print and write."""
     options = harness.parser(__doc__).parse_args()
     rounds = 2 if options.quick else 5
-    core = sorted(os.sched_getaffinity(0))[0]
-    os.sched_setaffinity(0, {core})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with prefect_server(folder / "server") as url:
@@ -72,7 +70,7 @@ def main() -> None:
             }
             samples = harness.interleaved(variants, rounds)
         start = [seconds(folder, [sys.executable, "-c", "import torch"], {}) for _ in range(rounds)]
-    report(samples, start, rounds, core)
+    report(samples, start, rounds)
 
 
 def seconds(folder: Path, command: list[str], extra: dict[str, str]) -> float:
@@ -89,7 +87,6 @@ def seconds(folder: Path, command: list[str], extra: dict[str, str]) -> float:
         "PREFECT_HOME": str(folder / "prefect"),
         "PBKD_WORKERS": "1",
         "PBKD_LOCK_DIR": str(folder / "locks"),
-        "OMP_NUM_THREADS": "1",
     }
     log = folder / "log.txt"
     start = time.perf_counter()
@@ -134,7 +131,7 @@ def prefect_server(folder: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def report(samples: dict[str, list[float]], start: list[float], rounds: int, core: int) -> None:
+def report(samples: dict[str, list[float]], start: list[float], rounds: int) -> None:
     """Tables, targets and the file."""
     medians = {name: harness.median(values) for name, values in samples.items()}
     over = {name: value - medians["library"] for name, value in medians.items()}
@@ -173,7 +170,7 @@ def report(samples: dict[str, list[float]], start: list[float], rounds: int, cor
             "over the library (s)": f"{starts_s:.1f} for the other {len(STAGES) - 1} stages",
         }
     )
-    settings = {"params": PARAMS, "rounds": rounds, "core": core}
+    settings = {"params": PARAMS, "rounds": rounds}
     harness.finish("overhead", settings, samples | {"import torch": start}, rows, targets)
 
 

@@ -1,77 +1,35 @@
-"""The sub-flow that settles the source of activations and lets all workers fill the cache."""
+"""Stage `activations` on the worker pool: all workers measure, and fill the cache together."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
-from prefect import flow, task, unmapped
-from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
-from prefect.task_runners import ThreadPoolTaskRunner
-
-from flows.pool import WorkerPool, make_pool
+from flows.pool import WorkerPool
 from flows.profile import profile_workers
-from flows.retry import is_worth_a_retry
-from flows.slots import worker_slots
-from pbkd.activations import FillJob, run_fill
-from pbkd.artifacts import Workspace
+from pbkd.activations import run_fill
+from pbkd.errors import disk_errors_explained
 from pbkd.stages import StageContext
 from pbkd.stages.activations import fill_jobs, finish, settle, start
 from pbkd.stages.context import recorded
 
 
-class _Filling:
-    """The pool and the jobs; a plain class, so that Prefect does not look inside."""
-
-    def __init__(self, pool: WorkerPool, jobs: list[FillJob]) -> None:
-        self.pool = pool
-        self.jobs = jobs
-
-
-@task(
-    name="fill",
-    task_run_name="fill-{part}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retry_condition_fn=is_worth_a_retry,
-)
-def fill(part: int, filling: _Filling) -> None:
-    """Write one part of the cache's shards; those that are there stay."""
-    filling.pool.run(run_fill, filling.jobs[part])
-
-
-@flow(
-    name="activations",
-    flow_run_name="activations",
-    validate_parameters=False,
-    task_runner=ThreadPoolTaskRunner(max_workers=4096),  # type: ignore[arg-type]
-)
-def activations(root: str, state: str, params: str) -> None:
-    """Run stage `activations` of a workspace.
-
-    Args:
-        root: the workspace's folder.
-        state: its state folder.
-        params: the params.yaml to read.
+def activations(context: StageContext, pool: WorkerPool) -> None:
+    """Settle the source and fill the cache.
 
     Raises:
         PbkdError: a part could not be filled; finished shards are kept.
     """
-    context = StageContext.load(Workspace(Path(root), Path(state)), Path(params))
-    settings, workspace = context.settings, context.workspace
-    with recorded("activations", workspace):
-        workspace.sweep()
-        slots = worker_slots(settings)
+    with disk_errors_explained(), recorded("activations", context.workspace):
+        context.workspace.sweep()
+        num_workers = len(pool.slots)
         subject = start(context)
-        with make_pool(slots, settings) as pool:
-            profile = None
-            if context.params.activations.source == "auto":
-                profile = profile_workers(context, subject, pool)
-            settled = settle(context, subject, profile, len(slots))
-            jobs = fill_jobs(context, subject, settled, profile, len(slots))
-            parts = fill.with_options(retries=settings.retries, retry_delay_seconds=1)
-            futures = parts.map(range(len(jobs)), unmapped(_Filling(pool, jobs)))
-            wait(list(futures))
+        profile = None
+        if context.params.activations.source == "auto":
+            profile = profile_workers(context, subject, pool)
+        settled = settle(context, subject, profile, num_workers)
+        jobs = fill_jobs(context, subject, settled, profile, num_workers)
+        with ThreadPoolExecutor(num_workers) as threads:
+            futures = [threads.submit(pool.run, run_fill, job) for job in jobs]
             for future in futures:
                 future.result()
         finish(context, subject, settled)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from pbkd.measure import (
     job_energy_j,
 )
 from pbkd.report import BlockPhase, JobFigures
+from pbkd.settings import Settings
 from pbkd.stages import StageContext
 from pbkd.stages.context import recorded
 from pbkd.stages.distill import (
@@ -87,16 +90,16 @@ def distill(root: str, state: str, params: str) -> None:
     settings, workspace = context.settings, context.workspace
     with recorded("distill", workspace):
         workspace.sweep()
-        slots = worker_slots(settings)
         run = PipelineRun.current(workspace, context.params)
         subject = start(context)
         todo = left_to_do(context, subject)
         plan = DistillPlan(tuple(subject.trainees))
         meter = EnergyMeter.of_this_machine()
-        with make_pool(slots, settings) as pool:
+        with _workers(settings) as pool:
+            num_workers = len(pool.slots)
             if todo:
                 profile = profile_workers(context, subject, pool)
-                plan = plan_distill(context, subject, todo, profile, len(slots))
+                plan = plan_distill(context, subject, todo, profile, num_workers)
             fan_out = FanOut(pool, plan, context, meter)
             blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)
             progress = workspace.state / "progress"
@@ -110,8 +113,30 @@ def distill(root: str, state: str, params: str) -> None:
         _raise_failures(plan.blocks, [future.state for future in futures])
         finish_distill(context, plan, [job.report for job in fan_out.jobs])
         if fan_out.jobs:
-            phase = _block_phase(fan_out.jobs, plan, len(slots), window.result)
+            phase = _block_phase(fan_out.jobs, plan, num_workers, window.result)
             write_json(workspace.state / "block_phase.json", phase)
+
+
+_shared: ContextVar[WorkerPool | None] = ContextVar("shared workers", default=None)
+
+
+@contextmanager
+def shared_workers(pool: WorkerPool) -> Iterator[None]:
+    """Let sub-flows in the block use this pool; a flow's parameters cannot hold one."""
+    token = _shared.set(pool)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+@contextmanager
+def _workers(settings: Settings) -> Iterator[WorkerPool]:
+    if (pool := _shared.get()) is not None:
+        yield pool
+        return
+    with make_pool(worker_slots(settings), settings) as own:
+        yield own
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,13 @@ def worker_slots(settings: Settings) -> list[Slot]:
 def whole_machine_slot(settings: Settings) -> Slot:
     """Return the slot of a stage that is one job: the first GPU, or all usable cores.
 
+    Where there is one worker, it is that worker's, so that they may share a process.
+
     Raises:
         ConfigError: a GPU is asked for and none is there.
     """
+    if len(slots := worker_slots(settings)) == 1:
+        return slots[0]
     cores = sorted(os.sched_getaffinity(0))
     for visible, uuid in _usable_gpus(settings).items():
         return Slot("gpu-0", "cuda", visible, len(cores), (f"gpu-{uuid}",))

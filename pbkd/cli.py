@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -130,13 +129,6 @@ def _stage(name: str) -> None:
         run_stage(name, context)
 
 
-def _stage_flow(flow: Callable[[str, str, str], object]) -> None:
-    """Run a stage that is a Prefect flow of its own."""
-    workspace = _workspace()
-    with workspace_lock(workspace.root, workspace.state):
-        flow(str(workspace.root), str(workspace.state), str(workspace.params))
-
-
 @app.command(rich_help_panel="Stages")
 def prepare() -> None:
     """Decode the images once into data/prepared/."""
@@ -158,10 +150,16 @@ def blocks() -> None:
 @app.command(rich_help_panel="Stages")
 def activations() -> None:
     """Settle the source of activations; fill the cache in parallel if there is one."""
-    _use_prefect()
-    from flows.activations import activations as flow
+    from flows.activations import activations as fill
+    from flows.pool import make_pool
+    from flows.slots import worker_slots
+    from pbkd.stages import StageContext
 
-    _stage_flow(flow)
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        context = StageContext.load(workspace)
+        with make_pool(worker_slots(context.settings), context.settings) as pool:
+            fill(context, pool)
 
 
 @app.command(rich_help_panel="Stages")
@@ -170,7 +168,9 @@ def distill() -> None:
     _use_prefect()
     from flows.distill import distill as flow
 
-    _stage_flow(flow)
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        flow(str(workspace.root), str(workspace.state), str(workspace.params))
 
 
 @app.command(rich_help_panel="Stages")
