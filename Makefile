@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check bench lock clean
 
 demo: $(READY)
 	dvc repro
@@ -19,6 +19,10 @@ check: $(READY)
 	ruff check .
 	mypy
 	lint-imports
+
+# `make bench QUICK=--quick` takes minutes instead of an hour.
+bench: $(READY)
+	for name in planner blocks scaling overhead; do python benchmarks/$$name.py $(QUICK) || exit 1; done
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "pbkd needs Python 3.11 to 3.13, this is %d.%d; run: make PYTHON=python3.12 ..." % v)'

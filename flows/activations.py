@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from flows.pool import WorkerPool
+from flows.pool import WorkerPool, run_all
 from flows.profile import profile_workers
-from pbkd.activations import run_fill
+from pbkd.activations import FillJob, run_fill
 from pbkd.errors import disk_errors_explained
 from pbkd.stages import StageContext
 from pbkd.stages.activations import fill_jobs, finish, settle, start
@@ -28,8 +28,9 @@ def activations(context: StageContext, pool: WorkerPool) -> None:
             profile = profile_workers(context, subject, pool)
         settled = settle(context, subject, profile, num_workers)
         jobs = fill_jobs(context, subject, settled, profile, num_workers)
-        with ThreadPoolExecutor(num_workers) as threads:
-            futures = [threads.submit(pool.run, run_fill, job) for job in jobs]
-            for future in futures:
-                future.result()
+        run_all(pool, [partial(_fill, job) for job in jobs])
         finish(context, subject, settled)
+
+
+def _fill(job: FillJob, pool: WorkerPool) -> None:
+    pool.run(run_fill, job)

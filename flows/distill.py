@@ -43,11 +43,10 @@ from pbkd.stages.context import recorded
 from pbkd.stages.distill import (
     DistillPlan,
     finish_distill,
-    is_done,
-    left_to_do,
     plan_distill,
     start,
 )
+from pbkd.stages.planning import is_done
 from pbkd.tracking import PipelineRun
 
 _POLL_S = 0.2
@@ -92,7 +91,7 @@ def distill(root: str, state: str, params: str) -> None:
         workspace.sweep()
         run = PipelineRun.current(workspace, context.params)
         subject = start(context)
-        todo = left_to_do(context, subject)
+        todo = subject.left_to_do(context.workspace.store)
         plan = DistillPlan(tuple(subject.trainees))
         meter = EnergyMeter.of_this_machine()
         with _workers(settings) as pool:
@@ -193,7 +192,7 @@ class FanOut:
     def _submitted(self, job: JobSpec) -> Future[JobReport]:
         with self._lock:
             future = self._futures.get(job.job_id)
-            if future is None or future.done():
+            if future is None or (future.done() and future.exception() is not None):
                 run = contextvars.copy_context().run  # Prefect's, for what the job logs
                 future = self._threads.submit(run, self._run, job)
                 self._futures[job.job_id] = future

@@ -21,7 +21,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import copy_context
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +68,10 @@ class WorkerPool(Protocol):
         """Run one job and wait for its result; called from many threads at once."""
         ...
 
+    def close(self) -> None:
+        """End all jobs and take no more."""
+        ...
+
 
 def make_pool(slots: Sequence[Slot], settings: Settings) -> SlotPool:
     """The pool of this machine's slots."""
@@ -75,6 +81,24 @@ def make_pool(slots: Sequence[Slot], settings: Settings) -> SlotPool:
         job_timeout_s=settings.job_timeout_s,
         hang_timeout_s=settings.hang_timeout_s,
     )
+
+
+def run_all(pool: WorkerPool, calls: Sequence[Callable[[WorkerPool], T]]) -> list[T]:
+    """Let calls use a pool at the same time, each in a thread of its own; results in their order.
+
+    Raises:
+        PbkdError: of the first call that failed; the others go on to their end.
+    """
+    with ThreadPoolExecutor(max(1, len(calls))) as threads:
+        # each in a copy of the context: there the caller's loggers are found
+        futures = [threads.submit(copy_context().run, call, pool) for call in calls]
+        try:
+            return [future.result() for future in futures]
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C: the threads would wait for their jobs
+            pool.close()
+            raise
 
 
 class SlotPool:

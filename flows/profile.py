@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
-from flows.pool import WorkerPool
+from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
 from pbkd.distill import Profile, ProfileJob, merge_profiles, run_profile
 from pbkd.stages import StageContext
@@ -22,16 +21,14 @@ def profile_on(job: ProfileJob, pool: WorkerPool) -> Profile:
     """One measurement per worker, side by side; they wait for each other before they begin."""
     shutil.rmtree(job.meeting, ignore_errors=True)
     try:
-        with ThreadPoolExecutor(len(pool.slots)) as threads:
-            futures = [
-                threads.submit(pool.run, run_profile, job, index)
-                for index in range(len(pool.slots))
-            ]
-            return merge_profiles([future.result() for future in futures])
+        indices = range(len(pool.slots))
+        calls = [lambda pool, index=index: pool.run(run_profile, job, index) for index in indices]
+        return merge_profiles(run_all(pool, calls))
     finally:
         shutil.rmtree(job.meeting, ignore_errors=True)
 
 
 def _described(slot: Slot) -> str:
     """A worker as the key of a profile names it: what may change its speed."""
-    return f"{slot.device} {slot.visible_devices or ''} {slot.threads}"
+    which = slot.locks if slot.device == "cuda" else ()  # a core is like any other
+    return " ".join([slot.device, str(slot.threads), *which])

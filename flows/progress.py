@@ -22,7 +22,8 @@ from pbkd.artifacts import Store
 from pbkd.blocks import candidate_name
 from pbkd.distill.trainee import HistoryLine, TraineeSpec, read_history
 from pbkd.errors import TrackingError
-from pbkd.stages.distill import is_done, read_trainee
+from pbkd.stages.distill import read_trainee
+from pbkd.stages.planning import is_done
 from pbkd.tracking import PipelineRun
 from pbkd.tracking.mlflow_run import BlockRun
 

@@ -276,6 +276,7 @@ def plan(
     workers: Annotated[
         str, typer.Option(help="Numbers of workers to compare, separated by commas.")
     ] = "1,2,4,8",
+    remeasure: Annotated[bool, typer.Option(help="Measure the costs anew.")] = False,
 ) -> None:
     """Predict what the block phase takes, and what more workers gain; needs `blocks`.
 
@@ -288,16 +289,20 @@ def plan(
     from pbkd.artifacts import atomic_path
     from pbkd.report import plan as report_plan
     from pbkd.stages import StageContext
-    from pbkd.stages.planning import Subject, plans_of
+    from pbkd.stages.activations import allowed_bytes
+    from pbkd.stages.planning import Subject, forget_profiles, plans_of
 
     numbers = _numbers_of_workers(workers)
-    context = StageContext.load(_workspace())
+    workspace = _workspace()
+    context = StageContext.load(workspace)
     params, config = context.params, context.params.activations
-    subject = Subject.of(context.workspace, config, params.distill, params.seed)
+    subject = Subject.of(workspace, config, params.distill, params.seed)
     slots = worker_slots(context.settings)
+    if remeasure:
+        forget_profiles(workspace)
     with make_pool(slots, context.settings) as pool:
         profile = profile_workers(context, subject, pool)
-    limit = config.max_cache_gb * 1e9 if config.source == "auto" else float("inf")
+    limit = allowed_bytes(workspace, config) if config.source == "auto" else float("inf")
     plans = report_plan.Plans(
         network=subject.card.network.name,
         by_workers=plans_of(subject, profile, {*numbers, 1, len(slots)}, config.source, limit),
@@ -311,7 +316,7 @@ def plan(
     _print_table(report_plan.planned_jobs_table(plans, max_rows=_MAX_JOBS))
     print(report_plan.plan_sentence(plans))
     print(report_plan.basis_sentences(plans))
-    path = context.workspace.state / report_plan.PLAN
+    path = workspace.state / report_plan.PLAN
     with atomic_path(path) as temporary:
         temporary.write_text(report_plan.render_plan(plans))
     print(f"\nPicture:   {_shown(path)} (open it in a browser)")

@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from pbkd.activations.cache import KIND
+from pbkd.activations.shards import KIND
 from pbkd.artifacts import Workspace, file_digest, read_json
 from pbkd.cli import main
 from pbkd.errors import ArtifactError

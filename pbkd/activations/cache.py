@@ -1,23 +1,12 @@
 """The cache on disk: activations written once by the teacher, read by every trainee.
 
-An item of the store holds one side (input or output) of one block in one view. Its shards are
-safetensors files of dense rows, one row per image of the split, so that a reader can fetch single
-rows. The shards of unfinished items lie in a parts folder beside the item:
-
-    store/activations/KEY/          item.json (the marker), shard-00000.safetensors, ...
-    store/activations/KEY.parts/    shard-00000.json (the sidecar of a finished shard), parts.json
-    store/activations/KEY.parts/item/    what becomes the item
+An item of the store holds one side of one block in one view, in shards (``shards``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,16 +14,8 @@ from torch import Tensor
 
 from pbkd.activations.capture import Capture
 from pbkd.activations.resume import exact_inputs
-from pbkd.artifacts import (
-    FILE_HASH,
-    MARKER,
-    Store,
-    digest_of,
-    read_json,
-    sweep,
-    temporary_path,
-    write_json,
-)
+from pbkd.activations.shards import KIND, Parts, ShardGrid, ShardWriter
+from pbkd.artifacts import Store, digest_of
 from pbkd.blocks import BlockFacts
 from pbkd.config import ActivationsConfig, AugmentConfig
 from pbkd.data.batches import Stream
@@ -43,7 +24,6 @@ from pbkd.models import ModelCard
 
 _log = logging.getLogger(__name__)
 
-KIND = "activations"
 VAL = "val"
 """The view that holds the validation split, not augmented."""
 
@@ -54,10 +34,7 @@ SideKeys = dict[tuple[str, Side, View], str]
 """(block path, side, view) to the key of the item."""
 
 _ALGORITHM = 2
-_NUM_SHARDS = 16
 _NO_CUTS: Mapping[str, str] = {}
-_ROWS_PER_SHARD = 2048
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 # ---------------------------------------------------------------- keys and sizes
@@ -120,196 +97,15 @@ def cache_keys(
     }
 
 
-def side_bytes(
-    block: BlockFacts, side: Side, config: ActivationsConfig, num_train: int, num_val: int
-) -> int:
-    """Size of one side's tensors on disk, all views together."""
+def side_bytes(block: BlockFacts, side: Side, config: ActivationsConfig, num_rows: int) -> int:
+    """Size of one side's tensors on disk, for so many images of all views together."""
     shape = block.output_shape if side == "output" else block.input_shape
     dtype: torch.dtype = getattr(torch, _dtype_of(side, config))
-    return torch.Size(shape).numel() * dtype.itemsize * (num_train * config.views + num_val)
+    return torch.Size(shape).numel() * dtype.itemsize * num_rows
 
 
 def _dtype_of(side: Side, config: ActivationsConfig) -> str:
     return "float32" if side == "cut" else config.dtype
-
-
-def cache_bytes(
-    blocks: Iterable[BlockFacts], config: ActivationsConfig, num_train: int, num_val: int
-) -> int:
-    """Size on disk of the tensors of both sides of some blocks, all views together."""
-    return sum(
-        side_bytes(block, "input", config, num_train, num_val)
-        + side_bytes(block, "output", config, num_train, num_val)
-        for block in blocks
-    )
-
-
-# ---------------------------------------------------------------- shards
-
-
-@dataclass(frozen=True)
-class ShardGrid:
-    """How the rows of a split are spread over shards, each of whole chunks of the stream."""
-
-    num_rows: int
-    chunk: int
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of every shard but the last: about 16 shards, of 2048 rows or a chunk at most."""
-        num_chunks = -(-self.num_rows // self.chunk)
-        chunks = min(-(-num_chunks // _NUM_SHARDS), _ROWS_PER_SHARD // self.chunk)
-        return max(1, chunks) * self.chunk
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_rows // self.rows_per_shard)
-
-    def rows(self, shard: int) -> Tensor:
-        """(R,) int64: positions in the split of a shard's rows."""
-        start = shard * self.rows_per_shard
-        return torch.arange(start, min(start + self.rows_per_shard, self.num_rows))
-
-
-def shard_name(index: int) -> str:
-    """File of one shard."""
-    return f"shard-{index:05d}.safetensors"
-
-
-def to_rows(x: Tensor) -> Tensor:
-    """A batch as it is stored, dense: (B, C, H, W) as (B, H, W, C), others as they are."""
-    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).contiguous()
-
-
-def from_rows(rows: Tensor) -> Tensor:
-    """What ``to_rows`` was given; (B, C, H, W) in channels-last strides."""
-    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of its rows.
-
-    Attributes:
-        shape: (R, H, W, C) or (R, ...): as stored.
-        start: where the rows begin in the file, bytes.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def row_bytes(self) -> int:
-        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-
-    @classmethod
-    def read(cls, path: Path) -> ShardHeader:
-        """Of a whole shard."""
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(size))["rows"]
-        return cls(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size)
-
-
-def _encode_header(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    """Head of a safetensors file with one tensor, ``rows``, which follows it."""
-    name = next(name for name, known in _DTYPES.items() if known == dtype)
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    header = {
-        "__metadata__": {"layout": "nhwc" if len(shape) == 4 else "as captured"},
-        "rows": {"dtype": name, "shape": shape, "data_offsets": [0, num_bytes]},
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-class _ShardWriter:
-    """Appends rows to a shard under a temporary name, and hashes them on the way."""
-
-    def __init__(self, parts: _Parts, index: int, num_rows: int) -> None:
-        self._parts, self._index, self._num_rows = parts, index, num_rows
-        self._temporary = temporary_path(parts.shard(index))
-        self._hasher = hashlib.new(FILE_HASH)  # as markers have it
-        self._size_bytes = 0
-
-    def append(self, x: Tensor) -> None:
-        """Write (B, ...) activations; the file is closed in between, as there may be hundreds."""
-        rows = to_rows(x).cpu()
-        with self._temporary.open("ab" if self._size_bytes else "wb") as file:
-            pieces = [rows.reshape(-1).view(torch.uint8).numpy().data]
-            if self._size_bytes == 0:
-                shape = (self._num_rows, *rows.shape[1:])
-                pieces.insert(0, memoryview(_encode_header(rows.dtype, shape)))
-            for piece in pieces:
-                file.write(piece)
-                self._hasher.update(piece)
-                self._size_bytes += len(piece)
-
-    def finish(self) -> None:
-        """Give the shard its name; its sidecar goes last."""
-        self._temporary.replace(self._parts.shard(self._index))
-        self._parts.add(self._index, self._size_bytes, self._hasher.hexdigest())
-
-    def discard(self) -> None:
-        """Remove what is not finished."""
-        self._temporary.unlink(missing_ok=True)
-
-
-class _Parts:
-    """The parts folder of one item: finished shards, each with a sidecar that goes last."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._key, self._target = key, store.path(KIND, key)
-        self._folder = self._target.with_name(f"{key}.parts")
-        self._item = self._folder / "item"
-
-    def prepare(self, num_shards: int) -> None:
-        """Make the folder; remove what killed writers left half-written."""
-        self._item.mkdir(parents=True, exist_ok=True)
-        sweep(self._item)
-        sweep(self._folder)
-        write_json(self._folder / "parts.json", {"num_shards": num_shards})
-
-    def shard(self, index: int) -> Path:
-        return self._item / shard_name(index)
-
-    def add(self, index: int, size_bytes: int, digest: str) -> None:
-        """Declare a shard finished."""
-        write_json(self._sidecar(index), {"size": size_bytes, "digest": digest})
-
-    def has(self, index: int) -> bool:
-        """Whether a shard is finished, and there at its size."""
-        try:
-            size: int = read_json(self._sidecar(index))["size"]
-            return self.shard(index).stat().st_size == size
-        except (ArtifactError, OSError):
-            return False
-
-    def missing(self) -> str:
-        """What stands in the way of the item; empty where nothing does."""
-        try:
-            num_shards: int = read_json(self._folder / "parts.json")["num_shards"]
-        except ArtifactError:
-            return "all shards"
-        indices = [str(index) for index in range(num_shards) if not self.has(index)]
-        first = ", ".join(indices[:5]) + (", ..." if len(indices) > 5 else "")
-        return f"{len(indices)} of {num_shards} shards (number {first})" if indices else ""
-
-    def publish(self) -> None:
-        """Turn the shards into the item; the marker takes their digests from the sidecars."""
-        num_shards = read_json(self._folder / "parts.json")["num_shards"]
-        files = {shard_name(i): read_json(self._sidecar(i)) for i in range(num_shards)}
-        write_json(self._item / MARKER, {"key": self._key, "files": files})
-        shutil.rmtree(self._target, ignore_errors=True)
-        self._item.replace(self._target)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _sidecar(self, index: int) -> Path:
-        return self._folder / Path(shard_name(index)).with_suffix(".json")
 
 
 # ---------------------------------------------------------------- filling
@@ -335,27 +131,36 @@ def fill_cache(
     Args:
         batch_size: of the teacher's passes; the last one is filled up, so that every pass runs the
             same kernels and gives what `relay` gives, bit for bit.
-        part: which shards this call writes: number k of each view, for k mod num_parts == part.
+        part: which shards this call writes: number k over all views, for k mod num_parts == part.
         after_batch: called after every pass of the teacher.
         cuts: block to the module whose input its side "cut" is.
     """
+    number = 0  # of the shard, over all views
+    begun: set[str] = set()
     for view in dict.fromkeys(view for _, _, view in keys):
         stream = val if view == VAL else train
         grid = ShardGrid(len(stream), stream.chunk)
         unfinished = {
-            (path, side): _Parts(store, key)
+            (path, side): Parts(store, key)
             for (path, side, key_view), key in keys.items()
-            if key_view == view and not store.has(KIND, key)
+            # without augmentation all views have one key
+            if key_view == view and key not in begun and not store.has(KIND, key)
         }
-        if unfinished:
-            _log.info("caching view %s, %d inputs and outputs", view, len(unfinished))
+        begun |= {keys[path, side, view] for path, side in unfinished}
+        if not unfinished:
+            continue
+        _log.info("caching view %s, %d inputs and outputs", view, len(unfinished))
         for parts in unfinished.values():
             parts.prepare(grid.num_shards)
-        for index in range(part, grid.num_shards, num_parts):
+        for index in range(grid.num_shards):
+            is_mine = number % num_parts == part
+            number += 1
+            if not is_mine:
+                continue
             missing = {name: parts for name, parts in unfinished.items() if not parts.has(index)}
             if missing:
                 writers = {
-                    name: _ShardWriter(parts, index, len(grid.rows(index)))
+                    name: ShardWriter(parts, index, len(grid.rows(index)))
                     for name, parts in missing.items()
                 }
                 batches = torch.split(grid.rows(index), batch_size)
@@ -363,7 +168,7 @@ def fill_cache(
 
 
 def _fill_shard(
-    writers: dict[tuple[str, Side], _ShardWriter],
+    writers: dict[tuple[str, Side], ShardWriter],
     capture: Capture,
     cuts: Mapping[str, str],
     stream: Stream,
@@ -400,7 +205,7 @@ def finish_fill(store: Store, keys: SideKeys) -> None:
     """
     problems = []
     for (path, side, view), key in keys.items():
-        parts = _Parts(store, key)
+        parts = Parts(store, key)
         if not store.has(KIND, key):
             if missing := parts.missing():
                 problems.append(f"{path} {side} view {view}: {missing}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbkd.devices import in_channels_last
 from pbkd.errors import BlockError
 
 
@@ -87,14 +88,20 @@ class Capture:
         if num < fill_to:
             rows = torch.arange(fill_to, device=images_nchw.device)
             images_nchw = images_nchw[rows.where(rows < num, 0)]  # unlike cat, keeps the layout
-        # in the hook, while the tensor is in the processor's caches
-        rounded = self._pass(images_nchw, wanted, self._rounded).tensors
         return {
-            path: Activation(rounded[path, "input"][:num], rounded[path, "output"][:num])
-            for path in wanted
+            path: Activation(activation.input[:num], activation.output[:num])
+            for path, activation in self.run(images_nchw, wanted).items()
         }
 
+    def run(self, images_nchw: Tensor, paths: tuple[str, ...]) -> dict[str, Activation]:
+        """One pass; whoever feeds modules by hooks of their own gets batches of another size."""
+        # rounded in the hook, while the tensor is in the processor's caches
+        rounded = self._pass(images_nchw, paths, self._rounded).tensors
+        return {path: Activation(rounded[path, "input"], rounded[path, "output"]) for path in paths}
+
     def _rounded(self, name: _Name, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4:  # in the layout in which a cache gives it back: sums depend on it
+            return in_channels_last(tensor, self.dtype)
         rounded = tensor.to(self.dtype)
         # of its own type it is the tensor itself, which a later operation may overwrite
         return rounded.clone() if rounded is tensor and name in self.overwritten else rounded

@@ -20,27 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbkd.activations.cache import (
-    KIND,
-    VAL,
-    ShardGrid,
-    ShardHeader,
-    Side,
-    SideKeys,
-    View,
-    both_sides,
-    from_rows,
-    shard_name,
-    to_rows,
-)
+from pbkd.activations.cache import VAL, Side, SideKeys, View, both_sides
 from pbkd.activations.capture import Activation
+from pbkd.activations.shards import KIND, ShardGrid, ShardHeader, from_rows, shard_name, to_rows
 from pbkd.artifacts import MARKER, Store, file_digest, read_json
 from pbkd.data.batches import Stream
 from pbkd.errors import ArtifactError
 
 QUEUE_BYTES = 256 * 2**20
 _POLL_S = 0.2
-_SHARE_OF_GPU = 0.6
+_SHARE_OF_GPU = 0.5
 
 Name = tuple[str, Side]
 
@@ -269,7 +258,7 @@ class CacheSource:
         train: the stream that gives the order; its images are not touched.
         num_val: images of the validation split.
         resident: keep on the device, whole, what is read; None: if the device is a GPU and all of
-            ``keys`` takes less than 60 % of its free memory.
+            ``keys`` takes less than half of its free memory.
         limit_bytes: of the batches read ahead, where nothing is resident.
     """
 

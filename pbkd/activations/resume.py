@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pbkd.activations.capture import Activation, Capture
+from pbkd.devices import in_channels_last
 
 _Calls = dict[nn.Module, list[tuple[int, ...]]]
 """Leaf module to the shapes of its outputs, without the batch, call by call."""
@@ -52,11 +53,10 @@ class Resume:
         if num < fill_to:
             rows = torch.arange(fill_to, device=x.device)
             x = x[rows.where(rows < num, 0)]
-        images = self._image.expand(len(x), -1, -1, -1)
         hook = self._first.register_forward_pre_hook(lambda _, args: (x, *args[1:]), prepend=True)
         try:
-            with self._stubbed(len(x)):
-                found = self.capture(images, paths)
+            with self._stubbed():  # what comes before runs with one image, if at all
+                found = self.capture.run(self._image, paths)
         finally:
             hook.remove()
         return {path: Activation(a.input[:num], a.output[:num]) for path, a in found.items()}
@@ -82,20 +82,20 @@ class Resume:
         return calls
 
     @contextmanager
-    def _stubbed(self, batch: int) -> Iterator[None]:
+    def _stubbed(self) -> Iterator[None]:
         with ExitStack() as stubs:
             for module, shapes in self._calls.items():
                 stubs.callback(_restore, module, vars(module).get("forward"))
-                module.forward = self._stub(module.forward, shapes, batch)
+                module.forward = self._stub(module.forward, shapes)
             yield
 
-    def _stub(self, forward: Any, shapes: list[tuple[int, ...]], batch: int) -> Any:
+    def _stub(self, forward: Any, shapes: list[tuple[int, ...]]) -> Any:
         left = list(reversed(shapes))
 
         def stub(*args: Any, **kwargs: Any) -> Any:
             if not left:  # a module that is used again, after the start
                 return forward(*args, **kwargs)
-            return self._image.new_full((batch, *left.pop()), self._poison)
+            return self._image.new_full((1, *left.pop()), self._poison)
 
         return stub
 
@@ -136,10 +136,13 @@ def _is_cut(
 ) -> bool:
     with exact_inputs(capture, [start]) as exact:
         capture(images_nchw)
-    if start not in exact:  # it takes a list, say
+    x = exact.get(start)
+    if x is None:  # it takes a list, say
         return False
+    if x.dim() == 4 and x.stride() != in_channels_last(x).stride():
+        return False  # the cache gives it back in another layout, in which kernels round otherwise
     try:
-        found = Resume(capture, start, images_nchw, poison=torch.nan)(exact[start], later)
+        found = Resume(capture, start, images_nchw, poison=torch.nan)(x, later)
     except RuntimeError:  # code between the modules does not take the stubs' zeros
         return False
     return all(

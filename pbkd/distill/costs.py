@@ -22,20 +22,21 @@ def block_costs(
     activations: ActivationsConfig,
     distill: DistillConfig,
     num_images: dict[str, int],
-    num_views: int,
+    num_stored: int,
     held: Collection[tuple[str, Side]] = (),
 ) -> list[BlockCost]:
     """Costs of the blocks that the profile knows, in the order of the network.
 
     Args:
         num_images: of the splits "train" and "val".
-        num_views: of the training images that a cache holds.
+        num_stored: images that a cache holds, in all views.
         held: (block, side) that a cache holds already.
     """
     num_train, num_val = num_images["train"], num_images["val"]
     passes = distill.epochs * num_train + (distill.epochs + 1) * num_val
-    stored = num_views * num_train + num_val
-    used = min(num_views, distill.epochs) * num_train + num_val
+    used = min(num_stored, distill.epochs * num_train + num_val)
+    # what fits lives on a GPU and is read once
+    reads = used if profile.device.startswith("cuda") else passes
     element = torch.empty(0, dtype=getattr(torch, activations.dtype)).element_size()
     disk = profile.disk
 
@@ -45,21 +46,21 @@ def block_costs(
             "output": torch.Size(block.output_shape).numel() * element,
             "cut": torch.Size(block.input_shape).numel() * _EXACT_BYTES,
         }
-        read = {s: size * (passes / disk.read + used / disk.verify) for s, size in sizes.items()}
-        write = {side: size * stored / disk.write for side, size in sizes.items()}
+        read = {s: size * (reads / disk.read + used / disk.verify) for s, size in sizes.items()}
+        write = {side: size * num_stored / disk.write for side, size in sizes.items()}
         return BlockCost(
             path=block.path,
             teacher_s=profile.teacher_s[block.path] * passes,
-            fill_teacher_s=profile.teacher_s[block.path] * profile.capture_gain * stored,
+            fill_teacher_s=profile.teacher_s[block.path] * profile.capture_gain * num_stored,
             read_input_s=read["input"],
             read_output_s=read["output"],
             read_cut_s=read["cut"],
             write_input_s=write["input"],
             write_output_s=write["output"],
             write_cut_s=write["cut"],
-            input_bytes=sizes["input"] * stored,
-            output_bytes=sizes["output"] * stored,
-            cut_bytes=sizes["cut"] * stored,
+            input_bytes=sizes["input"] * num_stored,
+            output_bytes=sizes["output"] * num_stored,
+            cut_bytes=sizes["cut"] * num_stored,
             is_cut=block.path in profile.cuts,
             has_input=(block.path, "input") in held,
             has_output=(block.path, "output") in held,
@@ -74,11 +75,12 @@ def trainee_costs(
     profile: Profile,
     distill: DistillConfig,
     num_images: dict[str, int],
+    trained: Collection[str] = (),
 ) -> list[TraineeCost]:
     """Costs of trainees: steps and validations of all epochs, and the score.
 
     One whose step does not fit into memory costs what its validations say, and more memory than
-    there is, so that the planner trains it alone and names it.
+    there is, so that the planner trains it alone and names it. One that is ``trained`` is scored.
     """
     num_train, num_val = num_images["train"], num_images["val"]
     num_steps = max(1, num_train // distill.batch_size)
@@ -91,14 +93,12 @@ def trainee_costs(
         fits = measured.step_s is not None
         step_s = measured.step_s if measured.step_s is not None else 3 * measured.eval_s
         swapped_s = profile.whole_teacher_s - profile.teacher_s[spec.block] + measured.eval_s
+        training_s = measured.init_s + stepped * step_s + validated * measured.eval_s
         return TraineeCost(
             name=spec.name,
             block=spec.block,
-            own_s=measured.init_s
-            + stepped * step_s
-            + validated * measured.eval_s
-            + scored * max(0.0, swapped_s),
-            memory_bytes=measured.memory_bytes if fits else int(profile.memory_bytes) + 1,
+            own_s=scored * max(0.0, swapped_s) + (0 if spec.name in trained else training_s),
+            memory_bytes=measured.held_bytes if fits else int(profile.memory_bytes) + 1,
         )
 
     return [cost(spec) for spec in trainees]

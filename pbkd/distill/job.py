@@ -199,6 +199,7 @@ class _Worker:
                 after_batch=self._beat,
             )
             store.put(PREDICTIONS, key, lambda folder: save_tensors(folder / _LOGITS, vars(found)))
+            return found  # not from the store: another job may be putting the same
         kept = load_tensors(store.path(PREDICTIONS, key) / _LOGITS)
         return Predictions(**{name: tensor.to(self.device) for name, tensor in kept.items()})
 

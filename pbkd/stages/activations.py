@@ -6,12 +6,13 @@ The work in the middle, filling, is split into jobs; what maps them onto workers
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pbkd.activations import FillJob, Side, both_sides, finish_fill, run_fill, side_bytes
-from pbkd.activations.cache import KIND
+from pbkd.activations.shards import KIND, parts_bytes, remove_parts
 from pbkd.artifacts import (
     Workspace,
     atomic_dir,
@@ -23,11 +24,12 @@ from pbkd.artifacts import (
 from pbkd.config import ActivationsConfig
 from pbkd.distill import Profile
 from pbkd.stages.context import StageContext
-from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled
+from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled, this_process
 
 _log = logging.getLogger(__name__)
 
 _CAPTURE_BATCH = 128  # where nothing was measured
+_SHARE_OF_DISK = 0.8
 
 
 class Settled(BaseModel):
@@ -55,7 +57,7 @@ def run(context: StageContext) -> None:
     subject = start(context)
     profile = None
     if context.params.activations.source == "auto":
-        job = profile_job(context.workspace, subject, ["this process"])
+        job = profile_job(context.workspace, subject, [this_process()])
         profile = profiled(context.workspace, job, profile_here)
     settled = settle(context, subject, profile, num_workers=1)
     for fill in fill_jobs(context, subject, settled, profile, num_parts=1):
@@ -90,9 +92,14 @@ def settle(
         sides = both_sides(block.path for block in subject.discovery.blocks)
     elif config.source == "auto":
         assert profile is not None
-        held = subject.held(context.workspace.store, cuts)
+        store = context.workspace.store
         plan = plan_of(
-            subject, profile, num_workers, held=held, disk_bytes=config.max_cache_gb * 1e9
+            subject,
+            profile,
+            num_workers,
+            todo=subject.untrained(store),
+            held=subject.held(store, cuts),
+            disk_bytes=allowed_bytes(context.workspace, config),
         )
         sides = list(plan.cached)
     everything = both_sides(block.path for block in subject.discovery.blocks)
@@ -111,6 +118,13 @@ def settle(
         seed=subject.seed,
         size_bytes=size,
     )
+
+
+def allowed_bytes(workspace: Workspace, config: ActivationsConfig) -> float:
+    """What `auto` may put on the disk: as the parameters say, and what the disk has room for."""
+    parts = (workspace.store.root / KIND).glob("*.parts/item/shard-*")
+    free_bytes = shutil.disk_usage(workspace.root).free + sum(p.stat().st_size for p in parts)
+    return min(config.max_cache_gb * 1e9, _SHARE_OF_DISK * free_bytes)
 
 
 def fill_jobs(
@@ -133,7 +147,8 @@ def fill_jobs(
     ]
     if not missing:
         return []
-    check_free_space(store.root, _size(subject, missing), "the cache of activations")
+    there = parts_bytes(store, subject.keys(missing, settled.cuts).values())
+    check_free_space(store.root, _size(subject, missing) - there, "the cache of activations")
     return [
         FillJob(
             sides=tuple(missing),
@@ -155,6 +170,7 @@ def finish(context: StageContext, subject: Subject, settled: Settled) -> None:
     """Write ``artifacts/activations/``: what was settled and, by hard links, the cache's items."""
     store, keys = context.workspace.store, subject.keys(settled.sides, settled.cuts)
     finish_fill(store, keys)
+    remove_parts(store)
     with atomic_dir(context.workspace.artifacts("activations")) as folder:
         for (path, side, view), key in keys.items():
             target = folder / path / side / f"view-{view}"
@@ -172,8 +188,7 @@ def read_settled(workspace: Workspace) -> Settled:
 
 def _size(subject: Subject, sides: list[tuple[str, Side]]) -> int:
     blocks = {block.path: block for block in subject.discovery.blocks}
-    num = subject.num_images
     return sum(
-        side_bytes(blocks[path], side, subject.activations, num["train"], num["val"])
+        side_bytes(blocks[path], side, subject.activations, subject.num_stored)
         for path, side in sides
     )

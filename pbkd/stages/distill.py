@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.activations.cache import KIND as ACTIVATIONS
+from pbkd.activations.shards import KIND as ACTIVATIONS
 from pbkd.artifacts import Store, Workspace, atomic_dir, link_tree, read_json, write_json
 from pbkd.distill import (
     SCORES,
@@ -30,7 +30,7 @@ from pbkd.distill.trainee import RESULT
 from pbkd.plan import Plan, PlannedJob
 from pbkd.stages.activations import Settled, read_settled
 from pbkd.stages.context import StageContext
-from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled
+from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled, this_process
 
 _log = logging.getLogger(__name__)
 
@@ -84,10 +84,10 @@ def run(context: StageContext) -> None:
 def plan_here(context: StageContext) -> DistillPlan:
     """The plan for this process as the only worker."""
     subject = start(context)
-    todo = left_to_do(context, subject)
+    todo = subject.left_to_do(context.workspace.store)
     if not todo:
         return DistillPlan(tuple(subject.trainees))
-    job = profile_job(context.workspace, subject, ["this process"])
+    job = profile_job(context.workspace, subject, [this_process()])
     profile = profiled(context.workspace, job, profile_here)
     return plan_distill(context, subject, todo, profile, num_workers=1)
 
@@ -109,12 +109,6 @@ def start(context: StageContext) -> Subject:
     return Subject.of(workspace, settled.config, context.params.distill, settled.seed)
 
 
-def left_to_do(context: StageContext, subject: Subject) -> list[TraineeSpec]:
-    """The trainees whose weights or score the store does not hold."""
-    store = context.workspace.store
-    return [trainee for trainee in subject.trainees if not is_done(store, trainee)]
-
-
 def plan_distill(
     context: StageContext,
     subject: Subject,
@@ -123,25 +117,24 @@ def plan_distill(
     num_workers: int,
 ) -> DistillPlan:
     """Jobs for what is left, from measured costs and from what the cache holds."""
-    settled = read_settled(context.workspace)
+    settled, store = read_settled(context.workspace), context.workspace.store
+    trained = {trainee.name for trainee in todo} - {t.name for t in subject.untrained(store)}
     plan = plan_of(
         subject,
         profile,
         num_workers,
         source="auto" if settled.source == "mixed" else settled.source,
         todo=todo,
+        trained=trained,
         held=settled.sides,
         disk_bytes=0,
     )
+    if plan.too_large:
+        _log.warning("too large for the memory that is free: %s", ", ".join(plan.too_large))
     by_name = {trainee.name: trainee for trainee in todo}
     specs = [_job_spec(context, settled, job, by_name) for job in plan.jobs]
     score_s = teacher_score_s(profile, subject.distill, subject.num_images["val"])
     return DistillPlan(tuple(subject.trainees), tuple(specs), plan, score_s)
-
-
-def is_done(store: Store, trainee: TraineeSpec) -> bool:
-    """Whether the store holds a trainee's weights and score."""
-    return store.has(TRAINEES, trainee.key) and store.has(SCORES, trainee.score_key)
 
 
 def read_trainee(store: Store, trainee: TraineeSpec) -> Distilled:

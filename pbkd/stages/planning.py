@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from pydantic import ValidationError
+
 from pbkd.activations import Side, SideKeys, cache_keys
-from pbkd.activations.cache import KIND
+from pbkd.activations.shards import KIND
 from pbkd.artifacts import Store, Workspace, read_json, write_json
 from pbkd.blocks import Discovery
 from pbkd.config import ActivationsConfig, AugmentConfig, DistillConfig
-from pbkd.distill import Profile, ProfileJob, TraineeSpec, make_trainees, run_profile
+from pbkd.devices import best_device
+from pbkd.distill import (
+    SCORES,
+    TRAINEES,
+    Profile,
+    ProfileJob,
+    TraineeSpec,
+    make_trainees,
+    run_profile,
+)
 from pbkd.distill.costs import block_costs, trainee_costs
-from pbkd.models import ModelCard, read_card
+from pbkd.errors import ArtifactError
+from pbkd.models import ModelCard
 from pbkd.plan import Limits, Plan, on_more_workers, plan_block_phase
 from pbkd.stages.blocks import read_blocks
+from pbkd.stages.teacher import read_teacher_card
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +67,10 @@ class Subject:
             activations, seed: of the stream; as `activations` settled them, once it has run.
 
         Raises:
-            ArtifactError: one of them has not run.
+            ArtifactError: one of them has not run, or they do not belong together.
         """
-        discovery, card = read_blocks(workspace), read_card(workspace.artifacts("teacher"))
+        card, prepared = read_teacher_card(workspace)
+        discovery = read_blocks(workspace)
         return cls(
             discovery=discovery,
             card=card,
@@ -61,12 +78,27 @@ class Subject:
             activations=activations,
             distill=distill,
             seed=seed,
-            num_images=read_json(workspace.prepared / "meta.json")["num_images"],
+            num_images=prepared.meta.num_images,
         )
 
     def keys(self, sides: Sequence[tuple[str, Side]], cuts: dict[str, str]) -> SideKeys:
         """Keys of cached sides; a cut's is that of the module from which the teacher goes on."""
         return cache_keys(self.card, self.activations, self.seed, sides, cuts)
+
+    @property
+    def num_stored(self) -> int:
+        """Images that a cache holds, in all views; without augmentation these are one."""
+        augments = self.card.augment != AugmentConfig()
+        num_views = self.activations.views if augments else 1
+        return num_views * self.num_images["train"] + self.num_images["val"]
+
+    def untrained(self, store: Store) -> list[TraineeSpec]:
+        """The trainees whose weights the store does not hold; others may lack a score."""
+        return [trainee for trainee in self.trainees if not store.has(TRAINEES, trainee.key)]
+
+    def left_to_do(self, store: Store) -> list[TraineeSpec]:
+        """The trainees whose weights or score the store does not hold."""
+        return [trainee for trainee in self.trainees if not is_done(store, trainee)]
 
     def held(self, store: Store, cuts: dict[str, str]) -> list[tuple[str, Side]]:
         """The sides that the store holds in every view."""
@@ -81,6 +113,11 @@ class Subject:
             for side in sides
             if all(store.has(KIND, key) for key in self.keys([side], cuts).values())
         ]
+
+
+def is_done(store: Store, trainee: TraineeSpec) -> bool:
+    """Whether the store holds a trainee's weights and score."""
+    return store.has(TRAINEES, trainee.key) and store.has(SCORES, trainee.score_key)
 
 
 def profile_job(workspace: Workspace, subject: Subject, workers: Sequence[str]) -> ProfileJob:
@@ -102,7 +139,7 @@ def profiled(
 ) -> Profile:
     """The profile that this machine keeps, or a new one."""
     path = _profile_path(workspace, job)
-    if path.is_file():
+    with suppress(ArtifactError, ValidationError):  # not there, or of another version
         return Profile.model_validate(read_json(path))
     profile = measure(job)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +150,19 @@ def profiled(
     return profile
 
 
+def this_process() -> str:
+    """This process as a worker, described for the key of a profile."""
+    return f"{best_device()} {torch.get_num_threads()} in one process"
+
+
 def profile_here(job: ProfileJob) -> Profile:
     """Measure in this process, as the only worker."""
     return run_profile(job, 0)
+
+
+def forget_profiles(workspace: Workspace) -> None:
+    """Let the next plan measure anew."""
+    shutil.rmtree(workspace.state / "profiles", ignore_errors=True)
 
 
 def plan_of(
@@ -125,29 +172,31 @@ def plan_of(
     *,
     source: Source = "auto",
     todo: Sequence[TraineeSpec] | None = None,
+    trained: Collection[str] = (),
     held: Sequence[tuple[str, Side]] = (),
     disk_bytes: float = float("inf"),
 ) -> Plan:
     """The best plan for so many workers like the one that was measured.
 
     Args:
-        todo: the trainees that are left to train; None: all.
+        todo: the trainees that are left to train or to score; None: all.
+        trained: names of those that are left to score only.
         held: what the cache holds; it costs nothing to fill.
         disk_bytes: that the cache may take beside that.
     """
     specs = subject.trainees if todo is None else list(todo)
-    limits = Limits(disk_bytes, profile.memory_bytes, profile.setup_s)
-    augments = subject.card.augment != AugmentConfig()
+    step_bytes = max((cost.step_bytes for cost in profile.trainees.values()), default=0)
+    limits = Limits(disk_bytes, max(0, profile.memory_bytes - step_bytes), profile.setup_s)
     blocks = block_costs(
         subject.discovery.blocks,
         profile,
         subject.activations,
         subject.distill,
         subject.num_images,
-        subject.activations.views if augments else 1,
+        subject.num_stored,
         held,
     )
-    trainees = trainee_costs(specs, profile, subject.distill, subject.num_images)
+    trainees = trainee_costs(specs, profile, subject.distill, subject.num_images, trained)
     speeds = _speeds(profile, num_workers)
     return plan_block_phase(blocks, trainees, speeds, limits, source)
 

@@ -26,6 +26,7 @@ from pbkd.models import (
     load_teacher,
     network_code,
     pretrained_transforms,
+    read_card,
     save_model,
 )
 from pbkd.seeding import derive_seed
@@ -65,8 +66,19 @@ def read_teacher(workspace: Workspace) -> tuple[Classifier, ModelCard, Prepared]
     Raises:
         ArtifactError: the teacher is missing, damaged, or was trained on other data.
     """
+    card, prepared = read_teacher_card(workspace)
+    teacher, _ = load_teacher(workspace.artifacts("teacher"), allow_code=True)
+    return teacher, card, prepared
+
+
+def read_teacher_card(workspace: Workspace) -> tuple[ModelCard, Prepared]:
+    """The same without the network.
+
+    Raises:
+        ArtifactError: the teacher is missing, or was trained on other data.
+    """
     prepared = load_prepared(workspace.prepared)
-    teacher, card = load_teacher(workspace.artifacts("teacher"), allow_code=True)
+    card = read_card(workspace.artifacts("teacher"))
     if card.class_names != prepared.meta.class_names:
         raise ArtifactError(
             f"the teacher was trained for the classes {_few(card.class_names)}, the data has "
@@ -77,7 +89,7 @@ def read_teacher(workspace: Workspace) -> tuple[Classifier, ModelCard, Prepared]
             f"the teacher was trained on other data than {prepared.folder} holds now; run: "
             "pbkd teacher"
         )
-    return teacher, card, prepared
+    return card, prepared
 
 
 def teacher_card(

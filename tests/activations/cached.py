@@ -18,7 +18,8 @@ from pbkd.activations import (
     fill_cache,
     finish_fill,
 )
-from pbkd.activations.cache import KIND, Side, View, shard_name
+from pbkd.activations.cache import Side, View
+from pbkd.activations.shards import KIND, shard_name
 from pbkd.artifacts import Store
 from pbkd.config import ActivationsConfig, AugmentConfig
 from pbkd.data import Stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbkd.activations import Capture
 from pbkd.errors import BlockError
@@ -60,17 +60,24 @@ def test_overwritten_tensors_are_those_of_the_network_that_overwrites_nothing() 
     assert (expected["entry"].input < 0).any()
 
 
-def test_only_what_is_overwritten_is_copied() -> None:
-    capture = Capture(_teacher(), PATHS, IMAGES[:2], torch.float32)
-    seen: dict[str, int] = {}
-    for path in PATHS:
-        capture.net.get_submodule(path).register_forward_hook(
-            lambda _, args, out, path=path: seen.update({path: out.data_ptr()}),
-            always_call=True,
-        )
-    captured = capture(IMAGES)
-    same = {path for path in PATHS if captured[path].output.data_ptr() == seen[path]}
-    assert same == {"entry", "tail"}
+class Shuffled(nn.Module):
+    """A block whose output comes out of a reshape, in no convolution's layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ChannelShuffle(2))
+        self.next = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        return self.next(self.block(x_nchw)).mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_images_are_handed_out_in_the_layout_of_the_cache(dtype: torch.dtype) -> None:
+    teacher = Classifier(Shuffled(), (0.5,), (0.25,)).eval()
+    found = Capture(teacher, ("block", "next"), IMAGES[:2], dtype)(IMAGES)
+    for tensor in (found["block"].output, found["next"].input, found["next"].output):
+        assert tensor.stride() == (256, 1, 32, 4)
 
 
 @pytest.mark.parametrize("paths", [("branch",), ("entry", "stem")])

@@ -69,7 +69,7 @@ def test_every_convolution_of_a_chain_is_a_cut() -> None:
 
 def test_operations_that_overwrite_do_not_spoil_a_cut() -> None:
     torch.manual_seed(0)
-    images = torch.rand(4, 1, 8, 8)
+    images = in_channels_last(torch.rand(4, 1, 8, 8))
     paths = ("stem", "branch", "entry", "tail")
     capture = capture_of(OverwritingNet(in_place=True), images, paths)
     cuts = find_cuts(capture, images[:2])
@@ -98,9 +98,9 @@ class UsedTwice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 1, 3, padding=1)
-        self.block = nn.Conv2d(1, 1, 3, padding=1)
-        self.last = nn.Conv2d(1, 1, 3, padding=1)
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.block = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.first(x))
@@ -109,7 +109,7 @@ class UsedTwice(nn.Module):
 
 def test_a_module_that_is_used_again_is_stubbed_for_its_early_calls_only() -> None:
     torch.manual_seed(0)
-    images = torch.rand(4, 1, 8, 8)
+    images = in_channels_last(torch.rand(4, 4, 8, 8))
     capture = capture_of(UsedTwice(), images, ("block", "last"))
     assert find_cuts(capture, images[:2]) == {"block": "block", "last": "last"}
 
@@ -122,3 +122,24 @@ def test_the_teacher_is_left_as_it_was() -> None:
     assert torch.equal(capture.model(images), before)
     assert not any("forward" in vars(module) for module in capture.net.modules())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in capture.net.modules())
+
+
+class Reshaped(nn.Module):
+    """A chain in which one activation is in a layout that a cache does not give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.shuffle = nn.ChannelShuffle(2)
+        self.block = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.shuffle(self.first(x)).contiguous())).mean((2, 3))
+
+
+def test_an_input_in_another_layout_is_no_cut() -> None:
+    torch.manual_seed(0)
+    images = in_channels_last(torch.rand(4, 1, 8, 8))
+    capture = capture_of(Reshaped(), images, ("block", "last"))
+    assert set(find_cuts(capture, images[:2])) == {"last"}

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from pbkd.activations import FillJob, finish_fill, run_fill
-from pbkd.activations.cache import KIND, VAL, cache_key
+from pbkd.activations.cache import VAL, cache_key
+from pbkd.activations.shards import KIND
 from pbkd.artifacts import (
     MARKER,
     Store,
@@ -31,7 +32,7 @@ from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import HISTORY, RESULT, WEIGHTS, read_history
 from pbkd.models import read_card
 from pbkd.stages import StageContext, run_stage
-from pbkd.stages.distill import DistillPlan, left_to_do, plan_distill, plan_here, start
+from pbkd.stages.distill import DistillPlan, plan_distill, plan_here, start
 from pbkd.stages.planning import profile_here, profile_job, profiled
 
 Weights = dict[str, dict[str, torch.Tensor]]
@@ -320,7 +321,9 @@ def plan_for(workspace: Workspace, num_workers: int) -> DistillPlan:
     subject = start(context)
     job = profile_job(workspace, subject, ["one"])
     profile = profiled(workspace, job, profile_here)
-    return plan_distill(context, subject, left_to_do(context, subject), profile, num_workers)
+    return plan_distill(
+        context, subject, subject.left_to_do(context.workspace.store), profile, num_workers
+    )
 
 
 def test_one_blocks_candidate_settings_change_that_blocks_keys_alone(untrained):

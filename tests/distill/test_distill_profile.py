@@ -12,8 +12,9 @@ from pbkd.artifacts import Workspace, read_json
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.distill import Profile, merge_profiles, profile, run_profile
 from pbkd.distill.costs import block_costs, teacher_score_s, trainee_costs
-from pbkd.distill.profile import DiskRates, StepCost, measure_disk
-from pbkd.plan import plan_block_phase
+from pbkd.distill.timing import DiskRates, StepCost, measure_disk
+from pbkd.distill.trainee import Trainee
+from pbkd.plan import Limits, plan_block_phase
 from pbkd.stages import StageContext
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.distill import start
@@ -32,7 +33,7 @@ def measured(_finished: Path, subject: Subject) -> Profile:
 
 def some_profile(**changes: object) -> Profile:
     """Round figures for the finished workspace's first two blocks."""
-    step = StepCost(init_s=1.0, step_s=0.25, eval_s=0.125, memory_bytes=1000)
+    step = StepCost(init_s=1.0, step_s=0.25, eval_s=0.125, held_bytes=1000, step_bytes=500)
     values: dict[str, object] = {
         "device": "cpu",
         "threads": 1,
@@ -65,16 +66,16 @@ def test_every_trainee_and_block_is_measured(measured: Profile, subject: Subject
     assert measured.disk.read > 1e6
 
 
-def test_a_steps_memory_holds_the_weights_their_state_and_the_activations(
+def test_memory_is_that_of_weights_their_state_activations_and_a_step(
     measured: Profile, subject: Subject
 ) -> None:
     for block in subject.discovery.blocks:
         for candidate in block.candidates:
-            weights = candidate.num_parameters * 4 * 4  # weights, gradients, two moments
-            batch = block.elements_per_image * measured.batch_size * 6  # float16 and float32
+            batch = block.elements_per_image * measured.batch_size
             cost = measured.trainees[f"{block.path}/{candidate.name}"]
-            assert cost.memory_bytes > weights + batch
-            assert cost.memory_bytes < 20 * (weights + batch)
+            # float32: weights, gradients, two moments, the best; float16: activations
+            assert cost.held_bytes == candidate.num_parameters * 4 * 5 + batch * 2
+            assert 4 * batch < cost.step_bytes < 40 * batch + 20 * candidate.num_parameters
 
 
 def test_a_profile_is_kept_and_read_again(
@@ -97,11 +98,11 @@ def test_a_profile_is_kept_and_read_again(
 def test_a_candidate_that_does_not_fit_is_a_cost_and_no_crash(
     finished: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(trainee: profile.Trainee, activation: object) -> None:
+    def full(trainee: Trainee, activation: object) -> None:
         if trainee.spec.block == "features.3":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
 
-    monkeypatch.setattr(profile.Trainee, "step", full)
+    monkeypatch.setattr(Trainee, "step", full)
     found = run_profile(profile_job(finished, subject, ["here"]), 0)
     assert found.trainees["features.3/separable"].step_s is None
     assert found.trainees["features.7/separable"].step_s is not None
@@ -110,8 +111,6 @@ def test_a_candidate_that_does_not_fit_is_a_cost_and_no_crash(
         subject.discovery.blocks, found, subject.activations, subject.distill,
         subject.num_images, 1,
     )  # fmt: skip
-    from pbkd.plan import Limits
-
     plan = plan_block_phase(blocks, costs, [1.0], Limits(memory_bytes=found.memory_bytes))
     assert plan.too_large == ("features.3/separable",)
     (alone,) = [job for job in plan.jobs if "features.3/separable" in job.trainees]
@@ -124,7 +123,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     def broken(trainee: object, activation: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(profile.Trainee, "step", broken)
+    monkeypatch.setattr(Trainee, "step", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run_profile(profile_job(finished, subject, ["here"]), 0)
 
@@ -164,6 +163,10 @@ def test_a_trainees_cost_by_hand(subject: Subject) -> None:
     validations = 4 * 20 * 0.125
     score = 10 * (4.0 - 2.0 + 0.125)
     assert cost.own_s == pytest.approx(1.0 + steps + validations + score)
+    (scored,) = trainee_costs(
+        trainees, some_profile(), config, {"train": 130, "val": 20}, {"features.3/separable"}
+    )
+    assert scored.own_s == pytest.approx(score)
     assert teacher_score_s(some_profile(), config, 20) == pytest.approx(10 * 4.0)
 
 
@@ -172,7 +175,7 @@ def test_a_blocks_cost_by_hand(finished: Workspace) -> None:
     config, distill = ActivationsConfig(views=2, dtype="float16"), DistillConfig(epochs=3)
     held = [("features.3", "cut")]
     costs = block_costs(
-        blocks, some_profile(), config, distill, {"train": 100, "val": 10}, 2, held
+        blocks, some_profile(), config, distill, {"train": 100, "val": 10}, 210, held
     )  # fmt: skip
     assert [cost.path for cost in costs] == ["features.3"]
     (cost,) = costs
@@ -206,3 +209,14 @@ def test_the_key_knows_candidates_workers_and_batch_and_nothing_else(
     longer = job.model_copy(update={"distill": job.distill.model_copy(update={"epochs": 99})})
     assert longer.key == job.key
     assert read_json(finished.prepared / "meta.json")["num_images"] == subject.num_images
+
+
+def test_a_profile_of_another_version_is_measured_anew(
+    finished: Workspace, subject: Subject, measured: Profile
+) -> None:
+    job = profile_job(finished, subject, ["elsewhere"])
+    path = finished.state / "profiles" / f"{job.key}.json"
+    path.parent.mkdir(exist_ok=True)
+    for text in ('{"device": "cpu"}', "half a fi"):
+        path.write_text(text)
+        assert profiled(finished, job, lambda _: measured) == measured

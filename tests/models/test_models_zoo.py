@@ -218,7 +218,7 @@ def test_changed_code_of_the_users_is_noticed(
     path.write_text((Path(__file__).parent / "own_networks.py").read_text())
     spec = _spec("changing_network:small")
     spec = spec.model_copy(update={"code": network_code(spec.name)})
-    assert len(spec.code) == 32
+    assert len(spec.code) == 64
     build_network(spec, allow_code=True)
     path.write_text(path.read_text() + "\n# changed\n")
     with pytest.raises(TeacherError, match="code of changing_network is not that of the teacher"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from pbkd.activations.cache import KIND
+from pbkd.activations.shards import KIND
 from pbkd.artifacts import Workspace, file_digest, read_json
 from pbkd.distill import TRAINEES
 from pbkd.errors import ArtifactError, TeacherError

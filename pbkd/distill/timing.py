@@ -1,0 +1,237 @@
+"""Short measurements on one device: the teacher's blocks, a candidate's step, the cache's disk.
+
+Warm, synchronised, repeated; medians.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pbkd.activations import Activation, Capture
+from pbkd.artifacts import FILE_HASH
+from pbkd.blocks import build_candidate, init_candidate
+from pbkd.config import DistillConfig
+from pbkd.devices import is_out_of_memory
+from pbkd.distill.trainee import Trainee, TraineeSpec
+from pbkd.models import Classifier
+
+_MIN_SAMPLES, _MAX_SAMPLES, _ENOUGH_S = 3, 9, 0.1
+_DISK_SAMPLE_BYTES = 64 << 20
+_ROW_BYTES = 64 << 10
+_COPIES = 5  # weights, gradients, two moments, the best weights
+
+
+class StepCost(BaseModel):
+    """One candidate of one block.
+
+    Attributes:
+        init_s: building it and inheriting weights, in seconds.
+        step_s: an optimizer step, in seconds per image; None: it does not fit into memory.
+        eval_s: a validation batch, in seconds per image.
+        held_bytes: while it trains: weights, optimizer, best weights, one batch's activations.
+        step_bytes: on top of that, during one step: co-trained trainees step one by one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    init_s: float
+    step_s: float | None
+    eval_s: float
+    held_bytes: int
+    step_bytes: int
+
+
+class DiskRates(BaseModel):
+    """Bytes per second where the cache lies: writing with checksums, checking, reading again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    write: float
+    verify: float
+    read: float
+
+
+def measure_disk(folder: Path) -> DiskRates:
+    """Bytes per second of a cache in this folder, on a sample that the page cache holds."""
+    block = os.urandom(1 << 20)
+    num_blocks = _DISK_SAMPLE_BYTES // len(block)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: a kill leaves nothing
+        digest = hashlib.new(FILE_HASH)
+        start = time.perf_counter()
+        for _ in range(num_blocks):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        wrote = time.perf_counter()
+        file.seek(0)
+        for _ in range(num_blocks):
+            digest.update(file.read(len(block)))
+        verified = time.perf_counter()
+        row = bytearray(_ROW_BYTES)
+        for offset in range(0, _DISK_SAMPLE_BYTES, _ROW_BYTES):
+            os.preadv(file.fileno(), [row], offset)
+        read = time.perf_counter()
+    size = float(_DISK_SAMPLE_BYTES)
+    return DiskRates(
+        write=size / (wrote - start),
+        verify=size / (verified - wrote),
+        read=size / (read - verified),
+    )
+
+
+def teacher_times(capture: Capture, images_nchw: Tensor) -> dict[str, float]:
+    """Block to seconds per image, from the end of the block before to its end, with rounding."""
+    capture(images_nchw)
+    samples = [_times_of_a_pass(capture, images_nchw) for _ in range(_MIN_SAMPLES)]
+    return {
+        path: statistics.median(sample[path] for sample in samples) / len(images_nchw)
+        for path in capture.paths
+    }
+
+
+def _times_of_a_pass(capture: Capture, images_nchw: Tensor) -> dict[str, float]:
+    marks: dict[str, float] = {}
+
+    def mark(path: str) -> None:
+        _synchronise(images_nchw.device)
+        marks[path] = time.perf_counter()
+
+    with ExitStack() as hooks:
+        for path in capture.paths:
+            module = capture.net.get_submodule(path)
+            hook = module.register_forward_hook(lambda *_, path=path: mark(path))
+            hooks.callback(hook.remove)
+        start = time.perf_counter()
+        capture(images_nchw)
+        mark(capture.paths[-1])
+    times, before = {}, start
+    for path in capture.paths:
+        times[path] = max(0.0, marks[path] - before)
+        before = marks[path]
+    return times
+
+
+def best_capture_batch(capture: Capture, images_nchw: Tensor) -> tuple[int, float]:
+    """Images per pass at which the teacher is fastest, and its time over that of the batch."""
+    num = len(images_nchw)
+    times = {}
+    for factor in (1, 2) if images_nchw.device.type == "cpu" else (1, 2, 4, 8):
+        batch = images_nchw.repeat(factor, 1, 1, 1)
+        try:
+            times[factor] = _seconds(lambda b=batch: capture(b), batch.device) / len(batch)  # type: ignore[misc]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+    best = min(times, key=times.__getitem__)
+    return best * num, times[best] / times[1]
+
+
+def step_costs(
+    teacher: Classifier,
+    specs: Iterable[TraineeSpec],
+    config: DistillConfig,
+    activations: dict[str, Activation],
+) -> dict[str, StepCost]:
+    """Trainee's name to its cost; equal structures are measured once."""
+    known: dict[tuple[object, ...], StepCost] = {}
+    costs = {}
+    for spec in specs:
+        block = teacher.net.get_submodule(spec.block)
+        activation = activations[spec.block]
+        structure = (spec.config, repr(block), activation.input.shape)
+        if structure not in known:
+            known[structure] = _step_cost(spec, block, config, activation)
+        costs[spec.name] = known[structure]
+    return costs
+
+
+def _step_cost(
+    spec: TraineeSpec, block: nn.Module, config: DistillConfig, activation: Activation
+) -> StepCost:
+    device, num = activation.input.device, len(activation.input)
+    start = time.perf_counter()
+    module = build_candidate(spec.config, block).to(device)
+    init_candidate(spec.config, module, block, activation.input.float())
+    init_s = time.perf_counter() - start
+    module.requires_grad_(True)
+    held_bytes = sum(tensor.nbytes for tensor in (activation.input, activation.output))
+    held_bytes += _COPIES * sum(parameter.nbytes for parameter in module.parameters())
+    eval_s, step_s, step_bytes = 0.0, None, 0
+    with tempfile.TemporaryDirectory() as folder:
+        trainee = Trainee(spec, module, config, 1000, Path(folder) / "history.jsonl")
+        try:
+            eval_s = _seconds(lambda: trainee.batch_loss(activation), device) / num
+            step_bytes = _bytes_of_a_step(trainee, activation)
+            step_s = _seconds(lambda: trainee.step(activation), device) / num
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    return StepCost(
+        init_s=init_s, step_s=step_s, eval_s=eval_s, held_bytes=held_bytes, step_bytes=step_bytes
+    )
+
+
+def _bytes_of_a_step(trainee: Trainee, activation: Activation) -> int:
+    """What one step allocates: measured on a GPU, else float32 copies and what autograd keeps."""
+    if activation.input.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainee.step(activation)
+        return torch.cuda.max_memory_allocated() - before
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainee.step(activation)
+    return 4 * (activation.input.numel() + activation.output.numel()) + sum(kept.values())
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call after a warm one; few samples of what is slow, more of what is fast."""
+    function()
+    samples: list[float] = []
+    while len(samples) < _MIN_SAMPLES or (len(samples) < _MAX_SAMPLES and sum(samples) < _ENOUGH_S):
+        _synchronise(device)
+        start = time.perf_counter()
+        function()
+        _synchronise(device)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
+def whole_teacher_s(teacher: Classifier, images_nchw: Tensor) -> float:
+    """Seconds per image, to the logits."""
+    with torch.no_grad():
+        return _seconds(lambda: teacher(images_nchw), images_nchw.device) / len(images_nchw)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that programs can still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
