@@ -37,7 +37,7 @@ PARAMS = {
     "teacher": {"model": "cifar_vgg16", "width": 0.5, "epochs": 1, "min_accuracy": 0.0},
     "blocks": {"candidates": [{"kind": "separable", "depth": 2}]},
     "activations": {"chunk": 64, "max_cache_gb": 4.0},
-    "distill": {"epochs": 4, "patience": 100, "score_images": 64},
+    "distill": {"epochs": 3, "patience": 100, "score_images": 64},
 }
 
 
@@ -49,6 +49,7 @@ class Program:
         self.source = ""
         self.predicted_s: list[float] = []
         self.trained_s: list[float] = []
+        self.jobs: list[dict[str, Any]] = []
         self._pool = SlotPool(slots, lock_dir=locks, job_timeout_s=3600, hang_timeout_s=600)
 
     def __enter__(self) -> Program:
@@ -81,6 +82,11 @@ class Program:
         assert plan.wall_s is not None
         self.predicted_s.append(plan.wall_s)
         self.trained_s.append(end - trained)
+        costs = plan.predicted.jobs if plan.predicted is not None else ()
+        self.jobs = [
+            {"predicted_s": job.cost_s, "actual_s": report.duration_s, "trained": report.trained}
+            for job, report in zip(costs, reports, strict=True)
+        ]
         return end - start
 
     @property
@@ -105,7 +111,7 @@ class Program:
 def main() -> None:
     """Measure, print and write."""
     options = harness.parser(__doc__).parse_args()
-    rounds = 5 if options.quick else 9
+    rounds = 3 if options.quick else 9
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         template = make_workspace(folder / "template", PARAMS)
@@ -131,6 +137,7 @@ def main() -> None:
     settings = {
         "params": PARAMS,
         "rounds": rounds,
+        "jobs of the last run": {"one worker": one.jobs, "two workers": two.jobs},
         "sources": {"one worker": one.source, "two workers": two.source},
         "predicted_s": {"one worker": one.predicted_s[1:], "two workers": two.predicted_s[1:]},
         "trained_s": {"one worker": one.trained_s[1:], "two workers": two.trained_s[1:]},

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from flows.slots import Slot
+from pbkd.allocator import keep_freed_memory
 from pbkd.errors import JobError, JobFailedError, PbkdError
 
 RESULT, LOG = b"R", b"L"  # first byte of what a child sends
@@ -31,6 +32,7 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
     os.environ["MKL_DYNAMIC"] = "FALSE"  # or MKL takes fewer, at most one per physical core
     if slot.visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.visible_devices
+    keep_freed_memory()
     # A group of its own: what a job starts can be killed with it, even after a crash.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides

@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from rich.table import Table as RichTable
 
 from pbkd._version import __version__
+from pbkd.allocator import keep_freed_memory
 from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
 from pbkd.locks import workspace_lock
 
@@ -62,6 +63,7 @@ _debug = False
 
 def main() -> None:
     """Entry point: errors of ours become one line and an exit code."""
+    keep_freed_memory()
     try:
         with disk_errors_explained():
             app()

@@ -71,8 +71,11 @@ class Limits:
         disk_bytes: for the cache, beside what it holds already.
         memory_bytes: for the trainees of one job.
         job_s: what a job costs before it trains: reading teacher and data.
+        risk: relative error to expect of a job's cost. Several workers then wait so much of the
+            longest job for the last one to end; above 0, smaller jobs are preferred to it.
     """
 
     disk_bytes: float = float("inf")
     memory_bytes: float = float("inf")
     job_s: float = 0.0
+    risk: float = 0.0

@@ -67,7 +67,7 @@ def all_placed(search: Search) -> list[Placed]:
             continue
         one = _place(search, contents[number], groups)
         placed.append(one)
-        best_s = min(best_s, one.wall_s)
+        best_s = min(best_s, one.score_s)
     return placed
 
 
@@ -75,9 +75,11 @@ def _place(search: Search, levels: Levels, groups: tuple[Group, ...]) -> Placed:
     if search.allowed != "cache":
         levels = used_levels(search.line, levels, groups)
     fill_s = fill_area_s(search.line, levels) / search.total_speed
-    placement = place_jobs([group.cost_s for group in groups], search.speeds)
-    wall_s = fill_s + placement.makespan_s
-    return Placed(Candidate(search.line, levels, groups, fill_s, wall_s), placement)
+    costs = [group.cost_s for group in groups]
+    placement, risk_s = place_jobs(costs, search.speeds), search.risk_s(costs)
+    score_s = fill_s + placement.makespan_s + risk_s
+    candidate = Candidate(search.line, levels, groups, fill_s, score_s)
+    return Placed(candidate, placement, risk_s)
 
 
 def _contents(search: Search) -> Iterator[Levels]:

@@ -131,7 +131,7 @@ def _best(line: Line, speeds: Sequence[float], source: Allowed) -> Placed:
     for pure in _pure_sources(line) if source == "auto" else ():
         other = Search(line, speeds, pure)
         other.run()
-        if other.shortest_s <= placed[0].wall_s * _HOPELESS:
+        if other.shortest_s <= placed[0].score_s * _HOPELESS:
             placed.append(other.choose())
     return preferred(placed)
 

@@ -66,14 +66,14 @@ class Candidate:
     Attributes:
         levels: no more than the groups read.
         fill_s: wall time of the filling.
-        wall_s: filling and quick makespan.
+        score_s: filling, quick makespan, and what the longest job puts at risk.
     """
 
     line: Line
     levels: Levels
     groups: tuple[Group, ...]
     fill_s: float
-    wall_s: float
+    score_s: float
 
     @property
     def costs(self) -> list[float]:
@@ -88,21 +88,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Placed:
-    """A candidate with its careful placement."""
+    """A candidate with its careful placement; ``risk_s`` is what its longest job puts at risk."""
 
     candidate: Candidate
     placement: Placement
+    risk_s: float = 0.0
 
     @property
-    def wall_s(self) -> float:
-        """Filling and makespan."""
-        return self.candidate.fill_s + self.placement.makespan_s
+    def score_s(self) -> float:
+        """Filling, makespan and risk."""
+        return self.candidate.fill_s + self.placement.makespan_s + self.risk_s
 
     def exactly(self, speeds: Sequence[float]) -> Placed:
         """With the exact search, where the rough placement is above its bound."""
         if self.placement.makespan_s <= self.placement.bound_s:
             return self
-        return Placed(self.candidate, place_jobs(self.candidate.costs, speeds))
+        return Placed(self.candidate, place_jobs(self.candidate.costs, speeds), self.risk_s)
 
 
 class Search:
@@ -134,9 +135,15 @@ class Search:
             return None
         key = tuple(groups)
         if key not in self.found:
-            wall_s = fill_s + quick_makespan(costs, self.speeds)
-            self.found[key] = Candidate(self.line, levels, key, fill_s, wall_s)
+            score_s = fill_s + quick_makespan(costs, self.speeds) + self.risk_s(costs)
+            self.found[key] = Candidate(self.line, levels, key, fill_s, score_s)
         return self.found[key]
+
+    def risk_s(self, costs: Sequence[float]) -> float:
+        """What several workers may have to wait for the longest job beside its planned time."""
+        if len(self.speeds) == 1:
+            return 0.0
+        return self.line.limits.risk * max(costs, default=0.0) / self.speeds[0]
 
     def best_cut(self, levels: Levels, best_s: float, thorough: bool) -> Candidate | None:
         """The best candidate of one content; None where none is shorter than ``best_s``."""
@@ -149,12 +156,12 @@ class Search:
             self.steps += 2 * self.line.size
             candidate = self.candidate(levels, cheapest_groups(prices, cap_s), best_s)
             best = _shorter(best, candidate)
-            best_s = best.wall_s if best else best_s
+            best_s = best.score_s if best else best_s
         for sizes in self._size_patterns(thorough):
             groups = self._cut_to_size(prices, sizes, best_s)
             candidate = self.candidate(levels, groups, best_s) if groups else None
             best = _shorter(best, candidate)
-            best_s = best.wall_s if best else best_s
+            best_s = best.score_s if best else best_s
         return best
 
     def quick(self, levels: Levels, best_s: float = float("inf")) -> Candidate | None:
@@ -228,7 +235,7 @@ class Search:
         improved = [self._improve(start) for start in starts[:_IMPROVED]]
         ranked = sorted([*improved, *starts], key=_wall)
         for levels in list(dict.fromkeys(candidate.levels for candidate in ranked))[:3]:
-            self.best_cut(levels, ranked[0].wall_s * (1 + _SAME), thorough=True)
+            self.best_cut(levels, ranked[0].score_s * (1 + _SAME), thorough=True)
 
     def _improve(self, best: Candidate) -> Candidate:
         """Change one block's level at a time while that shortens the wall time."""
@@ -240,8 +247,8 @@ class Search:
                     return best
                 if not fits(self.line, neighbour):
                     continue
-                candidate = self.quick(neighbour, best.wall_s * (1 - 1e-6))
-                if candidate is not None and candidate.wall_s < best.wall_s:
+                candidate = self.quick(neighbour, best.score_s * (1 - 1e-6))
+                if candidate is not None and candidate.score_s < best.score_s:
                     best, changed = candidate, True
         return best
 
@@ -250,27 +257,29 @@ class Search:
     @property
     def shortest_s(self) -> float:
         """Quick wall time of the best candidate."""
-        return min(candidate.wall_s for candidate in self.found.values())
+        return min(candidate.score_s for candidate in self.found.values())
 
     def choose(self) -> Placed:
         """Place the best candidates with care; of equal wall times the fewest jobs, least disk."""
         num = 1 if self.line.size > _LARGE else 8
         ranked = sorted(self.found.values(), key=_wall)
-        near = [c for c in ranked if c.wall_s <= ranked[0].wall_s * _NEAR]
-        few = sorted(near, key=lambda c: (len(c.groups), c.disk_bytes, c.wall_s))
+        near = [c for c in ranked if c.score_s <= ranked[0].score_s * _NEAR]
+        few = sorted(near, key=lambda c: (len(c.groups), c.disk_bytes, c.score_s))
         unique = list({c.groups: c for c in [*ranked[:num], *few[:num]]}.values())
-        rough = [Placed(c, place_roughly(c.costs, self.speeds)) for c in unique]
-        rough.sort(key=lambda placed: placed.wall_s)
+        rough = [
+            Placed(c, place_roughly(c.costs, self.speeds), self.risk_s(c.costs)) for c in unique
+        ]
+        rough.sort(key=lambda placed: placed.score_s)
         picked = {id(placed): placed for placed in [*rough[:2], preferred(rough)]}
         return preferred([placed.exactly(self.speeds) for placed in picked.values()])
 
 
 def preferred(placed: Sequence[Placed]) -> Placed:
     """Shortest wall time; among those as short, within 0.1 %, the fewest jobs, then least disk."""
-    limit = min(one.wall_s for one in placed) * (1 + _SAME)
-    short = [one for one in placed if one.wall_s <= limit]
+    limit = min(one.score_s for one in placed) * (1 + _SAME)
+    short = [one for one in placed if one.score_s <= limit]
     return min(
-        short, key=lambda one: (len(one.candidate.groups), one.candidate.disk_bytes, one.wall_s)
+        short, key=lambda one: (len(one.candidate.groups), one.candidate.disk_bytes, one.score_s)
     )
 
 
@@ -281,4 +290,4 @@ def _shorter(one: Candidate | None, other: Candidate | None) -> Candidate | None
 
 
 def _wall(candidate: Candidate) -> float:
-    return candidate.wall_s
+    return candidate.score_s

@@ -39,6 +39,8 @@ from pbkd.stages.teacher import read_teacher_card
 _log = logging.getLogger(__name__)
 
 Source = Literal["auto", "cache", "relay"]
+_RISK = 0.15
+"""How far a job's time is off its predicted cost on a machine that others use, too."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ def plan_of(
     """
     specs = subject.trainees if todo is None else list(todo)
     step_bytes = max((cost.step_bytes for cost in profile.trainees.values()), default=0)
-    limits = Limits(disk_bytes, max(0, profile.memory_bytes - step_bytes), profile.setup_s)
+    memory_bytes = max(0, profile.memory_bytes - step_bytes)
+    limits = Limits(disk_bytes, memory_bytes, profile.setup_s, _RISK)
     blocks = block_costs(
         subject.discovery.blocks,
         profile,
