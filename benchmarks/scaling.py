@@ -37,7 +37,7 @@ PARAMS = {
     "teacher": {"model": "cifar_vgg16", "width": 0.5, "epochs": 1, "min_accuracy": 0.0},
     "blocks": {"candidates": [{"kind": "separable", "depth": 2}]},
     "activations": {"chunk": 64, "max_cache_gb": 4.0},
-    "distill": {"epochs": 3, "patience": 100, "score_images": 64},
+    "distill": {"epochs": 6, "patience": 100, "score_images": 64},
 }
 
 

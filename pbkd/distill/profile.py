@@ -49,7 +49,7 @@ class Profile(BaseModel):
         num_workers: that measured at the same time.
         speeds: of each of them, the mean being 1; differences under a tenth are taken for noise.
         memory_bytes: that one worker's trainees may take.
-        setup_s: reading teacher and data and finding what is overwritten, in seconds per job.
+        setup_s: reading teacher and data, in seconds per job.
         teacher_s: block to the teacher's time from the end of the block before to its end,
             rounding included, in batches of ``batch_size``.
         whole_teacher_s: to the logits.
@@ -184,7 +184,6 @@ def measure_profile(
     paths = tuple(dict.fromkeys(spec.block for spec in specs))
     images = val.plain(torch.arange(config.batch_size) % len(val))
     capture = Capture(teacher, paths, images, dtype)
-    setup_s += time.perf_counter() - started
     teacher_s = teacher_times(capture, images)
     capture_batch, gain = best_capture_batch(capture, images)
     activations = capture(images)

@@ -28,7 +28,7 @@ from pbkd.models import Classifier
 
 _MIN_SAMPLES, _MAX_SAMPLES, _ENOUGH_S = 3, 9, 0.1
 _DISK_SAMPLE_BYTES = 64 << 20
-_ROW_BYTES = 64 << 10
+_WRITE_BYTES, _ROW_BYTES = 4 << 20, 64 << 10
 _COPIES = 5  # weights, gradients, two moments, the best weights
 
 
@@ -64,30 +64,29 @@ class DiskRates(BaseModel):
 
 def measure_disk(folder: Path) -> DiskRates:
     """Bytes per second of a cache in this folder, on a sample that the page cache holds."""
-    block = os.urandom(1 << 20)
-    num_blocks = _DISK_SAMPLE_BYTES // len(block)
+    sample = memoryview(torch.rand(_DISK_SAMPLE_BYTES // 4).numpy()).cast("B")  # not in any cache
+    steps = range(0, _DISK_SAMPLE_BYTES, _WRITE_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: a kill leaves nothing
         digest = hashlib.new(FILE_HASH)
         start = time.perf_counter()
-        for _ in range(num_blocks):
-            file.write(block)
-            digest.update(block)
+        for offset in steps:
+            piece = sample[offset : offset + _WRITE_BYTES]
+            file.write(piece)
+            digest.update(piece)
         file.flush()
         wrote = time.perf_counter()
         file.seek(0)
-        for _ in range(num_blocks):
-            digest.update(file.read(len(block)))
+        for _ in steps:
+            digest.update(file.read(_WRITE_BYTES))
         verified = time.perf_counter()
-        row = bytearray(_ROW_BYTES)
         for offset in range(0, _DISK_SAMPLE_BYTES, _ROW_BYTES):
-            os.preadv(file.fileno(), [row], offset)
+            os.preadv(file.fileno(), [bytearray(_ROW_BYTES)], offset)
         read = time.perf_counter()
-    size = float(_DISK_SAMPLE_BYTES)
     return DiskRates(
-        write=size / (wrote - start),
-        verify=size / (verified - wrote),
-        read=size / (read - verified),
+        write=_DISK_SAMPLE_BYTES / (wrote - start),
+        verify=_DISK_SAMPLE_BYTES / (verified - wrote),
+        read=_DISK_SAMPLE_BYTES / (read - verified),
     )
 
 
