@@ -64,7 +64,7 @@ class DiskRates(BaseModel):
 
 def measure_disk(folder: Path) -> DiskRates:
     """Bytes per second of a cache in this folder, on a sample that the page cache holds."""
-    sample = memoryview(torch.rand(_DISK_SAMPLE_BYTES // 4).numpy()).cast("B")  # not in any cache
+    sample = torch.rand(_DISK_SAMPLE_BYTES // 4).numpy().data.cast("B")  # not in any cache
     steps = range(0, _DISK_SAMPLE_BYTES, _WRITE_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: a kill leaves nothing
