@@ -26,7 +26,7 @@ from flows.progress import Monitor, log_figures
 from flows.retry import is_worth_a_retry
 from flows.slots import Slot, worker_slots
 from pbkd.artifacts import Workspace, write_json
-from pbkd.distill import JobReport, JobSpec, run_job
+from pbkd.distill import JobReport, JobSpec, Profile, run_job
 from pbkd.errors import JobError
 from pbkd.measure import (
     EnergyMeter,
@@ -46,7 +46,7 @@ from pbkd.stages.distill import (
     plan_distill,
     start,
 )
-from pbkd.stages.planning import is_done
+from pbkd.stages.planning import Subject, is_done
 from pbkd.tracking import PipelineRun
 
 _POLL_S = 0.2
@@ -66,6 +66,27 @@ def distill_block(block: str, fan_out: FanOut) -> Any:
         return Completed(name="Skipped", message="taken from the store", data=block)
     fan_out.build(block)
     return block
+
+
+class _Measuring:
+    """What the task below needs; a plain class, so that Prefect does not look inside."""
+
+    def __init__(self, context: StageContext, subject: Subject, pool: WorkerPool) -> None:
+        self.context = context
+        self.subject = subject
+        self.pool = pool
+
+
+@task(
+    name="profile",
+    task_run_name="profile",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=is_worth_a_retry,
+)
+def measure_costs(measuring: _Measuring) -> Profile:
+    """Measure what the candidates cost on these workers, unless this machine knows it."""
+    return profile_workers(measuring.context, measuring.subject, measuring.pool)
 
 
 @flow(
@@ -97,7 +118,10 @@ def distill(root: str, state: str, params: str) -> None:
         with _workers(settings) as pool:
             num_workers = len(pool.slots)
             if todo:
-                profile = profile_workers(context, subject, pool)
+                measure = measure_costs.with_options(
+                    retries=settings.retries, retry_delay_seconds=1
+                )
+                profile = measure(_Measuring(context, subject, pool))
                 plan = plan_distill(context, subject, todo, profile, num_workers)
             fan_out = FanOut(pool, plan, context, meter)
             blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)

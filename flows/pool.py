@@ -258,7 +258,8 @@ class SlotPool:
         where = f"job {job} on slot {child.slot.name}"
         started = last_sign = time.monotonic()
         step_s = max(_CPU_STEP_S, _CPU_SHARE * self._hang_timeout_s)
-        beat = _signs_of_life(child, heartbeat, step_s)
+        sent_ns = time.time_ns()
+        beat = _signs_of_life(child, heartbeat, step_s, sent_ns)
         try:
             child.pipe.send_bytes(payload)
             while True:
@@ -269,7 +270,7 @@ class SlotPool:
                     log_line(content)
                     last_sign = time.monotonic()
                 now = time.monotonic()
-                if (seen := _signs_of_life(child, heartbeat, step_s)) != beat:
+                if (seen := _signs_of_life(child, heartbeat, step_s, sent_ns)) != beat:
                     beat, last_sign = seen, now
                 self._check_limits(where, now - started, heartbeat, now - last_sign)
                 # A forked grandchild can hold the pipe open, so its end is no sure sign of death.
@@ -357,11 +358,18 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _signs_of_life(child: _Child, heartbeat: Path | None, step_s: float) -> int | None:
-    """What changes while a job is alive: its file, or else its processor time in steps."""
+def _signs_of_life(
+    child: _Child, heartbeat: Path | None, step_s: float, sent_ns: int
+) -> int | None:
+    """What changes while a job is alive: its file, or else its processor time in steps.
+
+    A job that has not touched its file yet may still be importing torch in a fresh process.
+    """
     try:
-        if heartbeat is not None:
-            return heartbeat.stat().st_mtime_ns
+        if heartbeat is not None and heartbeat.is_file():
+            touched_ns = heartbeat.stat().st_mtime_ns
+            if touched_ns > sent_ns:
+                return touched_ns
         times = psutil.Process(child.process.pid).cpu_times()
         return int((times.user + times.system) / step_s)
     except (OSError, psutil.Error):  # not there yet, or out of reach: no sign of life

@@ -157,6 +157,7 @@ def test_one_blocks_settings_changed_trains_one_block(project: Project) -> None:
     assert phase["speedup"] == pytest.approx(phase["jobs_s"] / phase["wall_s"])
     assert phase["num_workers"] == 2
     states = last_flow_tasks(project, "distill")
+    assert states.pop("profile") == "Completed"
     assert states.pop("features.7") == "Completed"
     assert set(states.values()) == {"Skipped"}
 
