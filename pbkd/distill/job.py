@@ -102,6 +102,7 @@ def run_job(spec: JobSpec) -> JobReport:
     Raises:
         PbkdError: the teacher or the data cannot be read, or the store is damaged.
     """
+    _warm_up()
     started_at = time.time()
     teacher, card = load_teacher(spec.teacher, allow_code=True)
     prepared = load_prepared(spec.prepared)
@@ -110,6 +111,11 @@ def run_job(spec: JobSpec) -> JobReport:
     return JobReport(
         job_id=spec.job_id, trained=trained, started_at=started_at, duration_s=duration_s
     )
+
+
+def _warm_up() -> None:
+    """The first optimizer of a process imports seconds of torch: no job's time, and no plan's."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def train_and_score(
