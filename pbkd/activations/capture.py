@@ -21,6 +21,18 @@ class Activation:
     input: Tensor
     output: Tensor
 
+    def first(self, num: int) -> Activation:
+        """Of the first ``num`` images."""
+        return Activation(self.input[:num], self.output[:num])
+
+
+def filled_up(x: Tensor, fill_to: int) -> Tensor:
+    """A batch smaller than ``fill_to``, filled up to it with its first row; others as they are."""
+    if len(x) >= fill_to:
+        return x
+    rows = torch.arange(fill_to, device=x.device)
+    return x[rows.where(rows < len(x), 0)]  # unlike cat, keeps the layout
+
 
 class _PassIsOver(Exception):  # noqa: N818
     """Ends the teacher's pass once the last block has run."""
@@ -84,14 +96,8 @@ class Capture:
                 same kernels as a full one; the filling is not handed out.
         """
         wanted = self.paths if paths is None else tuple(paths)
-        num = len(images_nchw)
-        if num < fill_to:
-            rows = torch.arange(fill_to, device=images_nchw.device)
-            images_nchw = images_nchw[rows.where(rows < num, 0)]  # unlike cat, keeps the layout
-        return {
-            path: Activation(activation.input[:num], activation.output[:num])
-            for path, activation in self.run(images_nchw, wanted).items()
-        }
+        found = self.run(filled_up(images_nchw, fill_to), wanted)
+        return {path: activation.first(len(images_nchw)) for path, activation in found.items()}
 
     def run(self, images_nchw: Tensor, paths: tuple[str, ...]) -> dict[str, Activation]:
         """One pass; whoever feeds modules by hooks of their own gets batches of another size."""

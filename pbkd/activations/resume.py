@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbkd.activations.capture import Activation, Capture
+from pbkd.activations.capture import Activation, Capture, filled_up
 from pbkd.devices import in_channels_last
 
 _Calls = dict[nn.Module, list[tuple[int, ...]]]
@@ -49,17 +49,16 @@ class Resume:
             x: (B, ...) exact inputs of the first module, float32; they may be overwritten.
             fill_to: as for ``Capture``.
         """
-        num = len(x)
-        if num < fill_to:
-            rows = torch.arange(fill_to, device=x.device)
-            x = x[rows.where(rows < num, 0)]
-        hook = self._first.register_forward_pre_hook(lambda _, args: (x, *args[1:]), prepend=True)
+        batch = filled_up(x, fill_to)
+        hook = self._first.register_forward_pre_hook(
+            lambda _, args: (batch, *args[1:]), prepend=True
+        )
         try:
             with self._stubbed():  # what comes before runs with one image, if at all
                 found = self.capture.run(self._image, paths)
         finally:
             hook.remove()
-        return {path: Activation(a.input[:num], a.output[:num]) for path, a in found.items()}
+        return {path: activation.first(len(x)) for path, activation in found.items()}
 
     def _calls_before(self, images_nchw: Tensor) -> _Calls:
         calls: _Calls = {}

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import get_args
 
-import torch
-
-from pbkd.activations import Side
+from pbkd.activations import Side, side_bytes
 from pbkd.blocks import BlockFacts
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.distill.profile import Profile
 from pbkd.distill.trainee import TraineeSpec
 from pbkd.plan import BlockCost, TraineeCost
-
-_EXACT_BYTES = 4  # a cut's input is kept in float32: what follows is computed from it
 
 
 def block_costs(
@@ -37,15 +34,10 @@ def block_costs(
     used = min(num_stored, distill.epochs * num_train + num_val)
     # what fits lives on a GPU and is read once
     reads = used if profile.device.startswith("cuda") else passes
-    element = torch.empty(0, dtype=getattr(torch, activations.dtype)).element_size()
     disk = profile.disk
 
     def cost(block: BlockFacts) -> BlockCost:
-        sizes = {
-            "input": torch.Size(block.input_shape).numel() * element,
-            "output": torch.Size(block.output_shape).numel() * element,
-            "cut": torch.Size(block.input_shape).numel() * _EXACT_BYTES,
-        }
+        sizes = {side: side_bytes(block, side, activations, 1) for side in get_args(Side)}
         read = {s: size * (reads / disk.read + used / disk.verify) for s, size in sizes.items()}
         write = {side: size * num_stored / disk.write for side, size in sizes.items()}
         return BlockCost(

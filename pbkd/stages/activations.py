@@ -24,7 +24,7 @@ from pbkd.artifacts import (
 from pbkd.config import ActivationsConfig
 from pbkd.distill import Profile
 from pbkd.stages.context import StageContext
-from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled, this_process
+from pbkd.stages.planning import Subject, plan_of, profiled_here
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ def run(context: StageContext) -> None:
     subject = start(context)
     profile = None
     if context.params.activations.source == "auto":
-        job = profile_job(context.workspace, subject, [this_process()])
-        profile = profiled(context.workspace, job, profile_here)
+        profile = profiled_here(context.workspace, subject)
     settled = settle(context, subject, profile, num_workers=1)
     for fill in fill_jobs(context, subject, settled, profile, num_parts=1):
         run_fill(fill)
@@ -72,9 +71,14 @@ def start(context: StageContext) -> Subject:
         ArtifactError: an earlier stage has not run.
     """
     workspace, params = context.workspace, context.params
+    adopt_cache(workspace)
+    return Subject.of(workspace, params.activations, params.distill, params.seed)
+
+
+def adopt_cache(workspace: Workspace) -> None:
+    """Import the cache's items from the output, for the store may be new."""
     for folder in workspace.artifacts("activations").glob("*/*/*"):
         workspace.store.adopt(KIND, folder)
-    return Subject.of(workspace, params.activations, params.distill, params.seed)
 
 
 def settle(
@@ -87,9 +91,10 @@ def settle(
     """
     config = context.params.activations
     cuts = profile.cuts if profile is not None else {}
+    everything = both_sides(block.path for block in subject.discovery.blocks)
     sides: list[tuple[str, Side]] = []
     if config.source == "cache":
-        sides = both_sides(block.path for block in subject.discovery.blocks)
+        sides = everything
     elif config.source == "auto":
         assert profile is not None
         store = context.workspace.store
@@ -102,7 +107,6 @@ def settle(
             disk_bytes=allowed_bytes(context.workspace, config),
         )
         sides = list(plan.cached)
-    everything = both_sides(block.path for block in subject.discovery.blocks)
     source: Literal["cache", "relay", "mixed"] = "mixed"
     if not sides:
         source = "relay"
@@ -140,11 +144,7 @@ def fill_jobs(
         ArtifactError: the disk has no room for it.
     """
     workspace, store = context.workspace, context.workspace.store
-    missing = [
-        side
-        for side in settled.sides
-        if not all(store.has(KIND, key) for key in subject.keys([side], settled.cuts).values())
-    ]
+    missing = [s for s in settled.sides if not subject.holds(store, s, settled.cuts)]
     if not missing:
         return []
     there = parts_bytes(store, subject.keys(missing, settled.cuts).values())

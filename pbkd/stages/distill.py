@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.activations.shards import KIND as ACTIVATIONS
 from pbkd.artifacts import Store, Workspace, atomic_dir, link_tree, read_json, write_json
 from pbkd.distill import (
     SCORES,
@@ -28,9 +27,9 @@ from pbkd.distill.costs import teacher_score_s
 from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import RESULT
 from pbkd.plan import Plan, PlannedJob
-from pbkd.stages.activations import Settled, read_settled
+from pbkd.stages.activations import Settled, adopt_cache, read_settled
 from pbkd.stages.context import StageContext
-from pbkd.stages.planning import Subject, plan_of, profile_here, profile_job, profiled, this_process
+from pbkd.stages.planning import Subject, plan_of, profiled_here
 
 _log = logging.getLogger(__name__)
 
@@ -87,8 +86,7 @@ def plan_here(context: StageContext) -> DistillPlan:
     todo = subject.left_to_do(context.workspace.store)
     if not todo:
         return DistillPlan(tuple(subject.trainees))
-    job = profile_job(context.workspace, subject, [this_process()])
-    profile = profiled(context.workspace, job, profile_here)
+    profile = profiled_here(context.workspace, subject)
     return plan_distill(context, subject, todo, profile, num_workers=1)
 
 
@@ -104,8 +102,7 @@ def start(context: StageContext) -> Subject:
         for folder in (output / kind).iterdir() if (output / kind).is_dir() else ():
             store.adopt(kind, folder)
     settled = read_settled(workspace)
-    for folder in workspace.artifacts("activations").glob("*/*/*"):  # the store may be new
-        store.adopt(ACTIVATIONS, folder)
+    adopt_cache(workspace)
     return Subject.of(workspace, settled.config, context.params.distill, settled.seed)
 
 

@@ -110,11 +110,11 @@ class Subject:
             for side in ("input", "output", "cut")
             if side != "cut" or block.path in cuts
         ]
-        return [
-            side
-            for side in sides
-            if all(store.has(KIND, key) for key in self.keys([side], cuts).values())
-        ]
+        return [side for side in sides if self.holds(store, side, cuts)]
+
+    def holds(self, store: Store, side: tuple[str, Side], cuts: dict[str, str]) -> bool:
+        """Whether the store holds one side in every view."""
+        return all(store.has(KIND, key) for key in self.keys([side], cuts).values())
 
 
 def is_done(store: Store, trainee: TraineeSpec) -> bool:
@@ -152,9 +152,10 @@ def profiled(
     return profile
 
 
-def this_process() -> str:
-    """This process as a worker, described for the key of a profile."""
-    return f"{best_device()} {torch.get_num_threads()} in one process"
+def profiled_here(workspace: Workspace, subject: Subject) -> Profile:
+    """The profile of this process as the only worker: kept, or measured now."""
+    worker = f"{best_device()} {torch.get_num_threads()} in one process"
+    return profiled(workspace, profile_job(workspace, subject, [worker]), profile_here)
 
 
 def profile_here(job: ProfileJob) -> Profile:
