@@ -22,6 +22,7 @@ from pbkd.activations import (
     CacheSource,
     Capture,
     Source,
+    activation_stream,
     both_sides,
     cache_keys,
     fill_cache,
@@ -115,7 +116,7 @@ class Case:
         """The same with the first training images only, and with so many views."""
         activations = self.activations.model_copy(update={"views": views})
         split = _first(self.train_split, num_train)
-        train = _stream(split, activations, self.device)
+        train = activation_stream(split, self.card, activations, _SEED, self.device)
         return replace(self, activations=activations, train_split=split, train=train)
 
 
@@ -221,7 +222,7 @@ def make_case(size: Size, data: Path | None = None, device: torch.device | str =
         data_digest="benchmark",
         digest=size.network,
     )
-    teacher = _teacher(card, _stream(train, activations, torch.device("cpu")))
+    teacher = _teacher(card, activation_stream(train, card, activations, _SEED))
     blocks = BlocksConfig(candidates=(SeparableConfig(depth=2),))
     discovery = find_blocks(teacher.net, blocks, torch.zeros(1, 3, _PIXELS, _PIXELS))
     specs = tuple(make_trainees(discovery, card, distill, activations, _SEED))
@@ -231,23 +232,12 @@ def make_case(size: Size, data: Path | None = None, device: torch.device | str =
         teacher=teacher.to(device),
         card=card,
         train_split=train,
-        train=_stream(train, activations, device),
-        val=_stream(val, activations, device),
+        train=activation_stream(train, card, activations, _SEED, device),
+        val=activation_stream(val, card, activations, _SEED, device),
         specs=specs,
         candidates=candidates,
         distill=distill,
         activations=activations,
-    )
-
-
-def _stream(split: Split, activations: ActivationsConfig, device: torch.device) -> Stream:
-    return Stream(
-        split,
-        seed=_SEED,
-        augment=_AUGMENT,
-        views=activations.views,
-        chunk=activations.chunk,
-        device=device,
     )
 
 

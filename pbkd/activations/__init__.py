@@ -15,7 +15,7 @@ from pbkd.activations.fill import FillJob, run_fill
 from pbkd.activations.reader import CacheSource
 from pbkd.activations.relay import RelaySource, ResumedSource
 from pbkd.activations.resume import Resume, find_cuts
-from pbkd.activations.source import Source
+from pbkd.activations.source import Source, activation_stream
 
 __all__ = [
     "Activation",
@@ -28,6 +28,7 @@ __all__ = [
     "Side",
     "SideKeys",
     "Source",
+    "activation_stream",
     "both_sides",
     "cache_key",
     "cache_keys",

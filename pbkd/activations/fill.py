@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd.activations.cache import Side, cache_keys, fill_cache
 from pbkd.activations.capture import Capture
+from pbkd.activations.source import activation_stream
 from pbkd.artifacts import Store
 from pbkd.config import ActivationsConfig
-from pbkd.data import Stream, load_prepared
+from pbkd.data import load_prepared
 from pbkd.devices import best_device, enough_memory
 from pbkd.errors import disk_errors_explained
 from pbkd.models import load_teacher
@@ -52,14 +53,7 @@ def run_fill(job: FillJob) -> None:
     teacher.to(device)
     prepared = load_prepared(job.prepared)
     train, val = (
-        Stream(
-            prepared.split(name),
-            seed=job.seed,
-            augment=card.augment,
-            views=job.activations.views,
-            chunk=job.activations.chunk,
-            device=device,
-        )
+        activation_stream(prepared.split(name), card, job.activations, job.seed, device)
         for name in ("train", "val")
     )
     sample = val.plain(torch.arange(min(job.capture_batch, len(val))))

@@ -112,42 +112,48 @@ def find_cuts(capture: Capture, images_nchw: Tensor) -> dict[str, str]:
     residual module whose skip begins where its first convolution does.
     """
     paths = capture.paths
-    expected = capture(images_nchw)
+    starts = {block: _possible_starts(block, paths[:index]) for index, block in enumerate(paths)}
+    with exact_inputs(capture, {start for some in starts.values() for start in some}) as exact:
+        expected = capture(images_nchw)
     cuts: dict[str, str] = {}
     for index, block in enumerate(paths):
-        parts = block.split(".")
-        for depth in range(len(parts), 0, -1):
-            start = ".".join(parts[:depth])
-            if any(f"{earlier}.".startswith(f"{start}.") for earlier in paths[:index]):
-                break
-            if _is_cut(capture, start, paths[index:], images_nchw, expected):
+        later = {path: expected[path] for path in paths[index:]}
+        for start in starts[block]:
+            if _is_cut(capture, start, exact.get(start), images_nchw, later):
                 cuts[block] = start
                 break
     return cuts
 
 
+def _possible_starts(block: str, earlier: tuple[str, ...]) -> list[str]:
+    """The block and the modules around it that hold no earlier block, from the inside out."""
+    parts = block.split(".")
+    around = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    return [
+        start for start in around if not any(f"{path}.".startswith(f"{start}.") for path in earlier)
+    ]
+
+
 def _is_cut(
     capture: Capture,
     start: str,
-    later: tuple[str, ...],
+    x: Tensor | None,
     images_nchw: Tensor,
     expected: dict[str, Activation],
 ) -> bool:
-    with exact_inputs(capture, [start]) as exact:
-        capture(images_nchw)
-    x = exact.get(start)
     if x is None:  # it takes a list, say
         return False
     if x.dim() == 4 and x.stride() != in_channels_last(x).stride():
         return False  # the cache gives it back in another layout, in which kernels round otherwise
     try:
-        found = Resume(capture, start, images_nchw, poison=torch.nan)(x, later)
+        resume = Resume(capture, start, images_nchw, poison=torch.nan)
+        found = resume(x.clone(), tuple(expected))  # it may be overwritten
     except RuntimeError:  # code between the modules does not take the stubs' zeros
         return False
     return all(
         torch.equal(found[block].input, expected[block].input)
         and torch.equal(found[block].output, expected[block].output)
-        for block in later
+        for block in expected
     )
 
 

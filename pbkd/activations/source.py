@@ -5,7 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import torch
+
 from pbkd.activations.capture import Activation
+from pbkd.config import ActivationsConfig
+from pbkd.data import Split, Stream
+from pbkd.models import ModelCard
+
+
+def activation_stream(
+    split: Split,
+    card: ModelCard,
+    config: ActivationsConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Stream:
+    """The one stream as every source shows it: a teacher's augmentation, in views and chunks."""
+    return Stream(
+        split,
+        seed=seed,
+        augment=card.augment,
+        views=config.views,
+        chunk=config.chunk,
+        device=device,
+    )
 
 
 class Source(Protocol):

@@ -23,6 +23,7 @@ from pbkd.activations import (
     ResumedSource,
     Side,
     Source,
+    activation_stream,
     both_sides,
     cache_keys,
 )
@@ -249,13 +250,8 @@ class _Worker:
         return CacheSource(store, keys, self.train_stream, num_val, batch_size, self.device)
 
     def _stream(self, split: Split) -> Stream:
-        return Stream(
-            split,
-            seed=self.spec.seed,
-            augment=self.card.augment,
-            views=self.spec.activations.views,
-            chunk=self.spec.activations.chunk,
-            device=self.device,
+        return activation_stream(
+            split, self.card, self.spec.activations, self.spec.seed, self.device
         )
 
     def _beat(self) -> None:
