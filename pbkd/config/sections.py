@@ -5,22 +5,13 @@ Everything here may change results, so DVC watches it; what may not is in ``pbkd
 
 from __future__ import annotations
 
-import types
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from pbkd.errors import ConfigError, did_you_mean
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from pbkd.config.budgets import StudentConfig, SweepConfig
+from pbkd.config.candidates import CandidateConfig, SeparableConfig
+from pbkd.config.section import Fraction, Section
 
 
 class AugmentConfig(Section):
@@ -143,22 +134,6 @@ class TeacherConfig(Section):
         return self
 
 
-class SeparableConfig(Section):
-    """A k x k convolution as depthwise and pointwise convolutions (MobileNet, arXiv 1704.04861)."""
-
-    kind: Literal["separable"] = "separable"
-    depth: Literal[1, 2] = Field(
-        1, description="1: one separable convolution; 2: two, with a ReLU between"
-    )
-    batch_norm: bool = Field(False, description="batch norm after each depthwise convolution")
-    init: Literal["inherit", "random"] = Field(
-        "inherit", description="weights from the teacher's kernel (rank 1 per input channel)"
-    )
-
-
-CandidateConfig = SeparableConfig
-
-
 class BlocksConfig(Section):
     """Which parts of the teacher are replaced, and by what."""
 
@@ -219,28 +194,67 @@ class DistillConfig(Section):
         1e-3, ge=0, description="relative fall of the validation loss that counts as better"
     )
     score_images: int = Field(
-        10_000, ge=1, description="validation images used for the damage, at most"
+        2000, ge=1, description="validation images used for the damage, at most"
     )
 
 
-class StitchConfig(Section):
-    """Which trained candidates become a student."""
+class RepairConfig(Section):
+    """Short training of a stitched student on the teacher's activations; no label, no logit.
 
+    ``mixed``: each block alone, on a mixture of the teacher's and the student's inputs (QDrop,
+    arXiv 2203.05740); ``local``: each block alone, on the student's inputs; ``joint``: losses at
+    all blocks' outputs, with gradients through the whole student. docs/repair.md compares them.
+    """
+
+    method: Literal["none", "mixed", "local", "joint"] = "joint"
+    epochs: int = Field(1, ge=0, description="passes over the training split")
+    batch_size: int = Field(64, ge=2, description="images per step")
+    lr: float = Field(2e-3, gt=0, description="start of the cosine schedule (AdamW)")
+    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
+
+
+_NAME = r"^[A-Za-z0-9][\w.-]*$"
+StudentName = Annotated[str, Field(pattern=_NAME)]
+
+
+class StitchConfig(Section):
+    """Which students are made of the trained candidates, and how they are mended."""
+
+    students: dict[StudentName, StudentConfig] = Field(
+        default_factory=lambda: {"half": StudentConfig(max_macs=0.5)},
+        description="name: limits; of all students within them the one of least damage is made",
+    )
+    sweep: SweepConfig | None = Field(None, description="more students, along a front")
     max_damage: float = Field(
         1.0,
         ge=0,
-        description="mean KL divergence of the logits, nats, over which a block keeps the "
-        "teacher's module",
+        description="mean KL divergence of the logits, nats, over which a candidate is left out",
+    )
+    latency_batch_size: int = Field(1, ge=1, description="images per batch for `max_latency`")
+    latency_threads: int | None = Field(
+        1, ge=1, description="CPU threads for `max_latency`; null: all cores"
     )
     recalibrate_batches: int = Field(
         16, ge=0, description="training batches for fresh batch-norm statistics; 0: none"
     )
+    repair: RepairConfig = RepairConfig()
+
+    @model_validator(mode="after")
+    def _some_student(self) -> StitchConfig:
+        if not self.students and self.sweep is None:
+            raise ValueError("name a student in `students`, or set `sweep`")
+        if "teacher" in self.students:
+            raise ValueError("`teacher` is no name for a student")
+        return self
 
 
 class FinetuneConfig(Section):
     """End-to-end distillation of a stitched student (Hinton et al., arXiv 1503.02531)."""
 
-    epochs: int = Field(8, ge=0, description="passes over the training split")
+    epochs: int = Field(8, ge=0, description="passes over the training split, at most")
+    patience: int = Field(
+        8, ge=1, description="epochs without a better validation accuracy before training stops"
+    )
     batch_size: int = Field(64, ge=2, description="images per step")
     lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
     weight_decay: float = Field(5e-4, ge=0)
@@ -248,6 +262,14 @@ class FinetuneConfig(Section):
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
     label_weight: Fraction = Field(
         0.1, description="share of the cross-entropy with labels; the rest is distillation"
+    )
+    restarts: int = Field(
+        2, ge=0, description="a diverging training begins again, at a quarter of `lr`, so often"
+    )
+    baselines: tuple[Literal["scratch", "distill"], ...] = Field(
+        (),
+        description="for each student the same architecture with random weights, trained for as "
+        "many seconds as the student took: on the labels alone, or distilled end to end",
     )
 
 
@@ -270,7 +292,7 @@ class EvaluateConfig(Section):
 class RegisterConfig(Section):
     """The names in the MLflow registry and the rule for the alias `champion`."""
 
-    name: str = Field("pbkd-digits", pattern=r"^[A-Za-z0-9][\w.-]*$", description="model name")
+    name: str = Field("pbkd-digits", pattern=_NAME, description="model name")
     max_accuracy_drop: Fraction = Field(
         0.02, description="validation accuracy that a champion may lose against its teacher"
     )
@@ -290,67 +312,3 @@ class Params(Section):
     shrink: ShrinkConfig = ShrinkConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     register_: RegisterConfig = Field(RegisterConfig(), alias="register")
-
-
-def load_params(path: Path) -> Params:
-    """Read and check params.yaml.
-
-    Raises:
-        ConfigError: names the file, the key, what was got and what is expected.
-    """
-    try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; run pbkd where params.yaml lies") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, expected sections like `seed: 0`")
-    try:
-        return Params.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(entry) for entry in error.errors()]
-        raise ConfigError(f"{path}: " + "; ".join(lines)) from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping; YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    None, None, f"key `{key.value}` stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _explain(entry: Any) -> str:
-    *parents, key = [str(part) for part in entry["loc"]] or [""]
-    where = ".".join([*parents, key])
-    if entry["type"] != "extra_forbidden":
-        return f"{where}: got {entry['input']!r}; {entry['msg']}"
-    known = _field_names(Params, parents)
-    hint = did_you_mean(key, known, f"known are {', '.join(known)}")
-    return f"{where}: unknown key; {hint}"
-
-
-def _field_names(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Names that are valid at a location, found by walking the sections' annotations."""
-    for part in location:
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        inner = _section_in(field.annotation) if field else None
-        model = inner or model
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, dict, Annotated):
-        return next((s for s in map(_section_in, get_args(annotation)) if s), None)
-    return None
