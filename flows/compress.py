@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows.activations import activations
-from flows.distill import distill, shared_workers
+from flows.distill import distill
 from flows.dvc_gate import gate, hold_pipeline
-from flows.pool import WorkerPool, make_pool
+from flows.pools import Pools, pools
 from flows.retry import is_worth_a_retry
-from flows.slots import whole_machine_slot, worker_slots
+from flows.students import finetune_students, stitch_students
 from pbkd.artifacts import Workspace
+from pbkd.config import Params
 from pbkd.locks import workspace_lock
-from pbkd.settings import Settings
 from pbkd.stages import STAGES, StageContext, run_stage
 from pbkd.stages.preflight import preflight
 from pbkd.stages.register import is_registered
@@ -28,6 +27,9 @@ from pbkd.tracking import PipelineRun
 
 _IN_FLOW = ("register",)
 """Stages that use no device and talk to the tracking server: they run in the flow's own process."""
+_OF_STUDENTS = {"stitch": stitch_students, "finetune": finetune_students}
+_TRACKED = ("distill", "register")
+"""Stages that log into the run in MLflow; before it has begun they would begin another."""
 
 
 @flow(name="compress", validate_parameters=False)
@@ -46,41 +48,42 @@ def compress(root: str = ".", state: str | None = None) -> None:
     with workspace_lock(workspace.root, workspace.state), hold_pipeline(workspace):
         context = StageContext.load(workspace)
         preflight(context)
-        run = PipelineRun.current(workspace, context.params)
-        with _pools(context.settings) as pools:
+        with pools(context.settings) as opened:
+            run = _begin(workspace, context.params, opened)
             try:
                 for name in STAGES:
-                    _run(name, workspace, pools, context.settings.retries)
-            except BaseException:
-                run.end(failed=True)
+                    if name in _TRACKED:
+                        run.result()
+                    _run(name, workspace, opened, context.settings.retries)
+            except BaseException as error:
+                if isinstance(error, Exception) or run.done():  # Ctrl-C does not wait for MLflow
+                    run.result().end(failed=True)
                 raise
-        run.end()
+        run.result().end()
 
 
-@dataclass(frozen=True)
-class _Pools:
-    """Where stages run: those that are one job, and those that all workers share."""
+def _begin(workspace: Workspace, params: Params, opened: Pools) -> Future[PipelineRun]:
+    """Begin the run in MLflow, which takes seconds: in a thread, while the first stages run."""
+    begun: Future[PipelineRun] = Future()
 
-    whole: WorkerPool
-    workers: WorkerPool
+    def begin() -> None:
+        try:
+            begun.set_result(PipelineRun.current(workspace, params))
+        except BaseException as error:  # noqa: BLE001  whoever asks for the run gets it
+            begun.set_exception(error)
+            opened.close()  # or the flow would hear of it after a long stage
 
-
-@contextmanager
-def _pools(settings: Settings) -> Iterator[_Pools]:
-    """Two pools, or one where the only worker is the whole machine; processes start when needed."""
-    whole, slots = whole_machine_slot(settings), worker_slots(settings)
-    with ExitStack() as stack:
-        one = stack.enter_context(make_pool([whole], settings))
-        many = one if slots == [whole] else stack.enter_context(make_pool(slots, settings))
-        yield _Pools(one, many)
+    # a daemon: the interpreter would wait at its end for one of an executor
+    threading.Thread(target=begin, daemon=True).start()
+    return begun
 
 
-def _run(name: str, workspace: Workspace, pools: _Pools, retries: int) -> None:
+def _run(name: str, workspace: Workspace, opened: Pools, retries: int) -> None:
     if name != "distill":
         named: Any = stage.with_options(
             name=name, task_run_name=name, retries=retries, retry_delay_seconds=1
         )
-        named(name, _Place(workspace, pools))
+        named(name, _Place(workspace, opened))
         return
     # a sub-flow cannot run inside a task, so the gate is held here
     with gate(name, workspace) as decision:
@@ -88,16 +91,15 @@ def _run(name: str, workspace: Workspace, pools: _Pools, retries: int) -> None:
             named = skipped.with_options(name=name, task_run_name=name)
             named(decision.reason)
         else:
-            with shared_workers(pools.workers):
-                distill(str(workspace.root), str(workspace.state), str(decision.params))
+            distill(str(workspace.root), str(workspace.state), str(decision.params))
 
 
 class _Place:
     """Workspace and pools; a plain class, so that Prefect does not look inside."""
 
-    def __init__(self, workspace: Workspace, pools: _Pools) -> None:
+    def __init__(self, workspace: Workspace, opened: Pools) -> None:
         self.workspace = workspace
-        self.pools = pools
+        self.pools = opened
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_worth_a_retry)
@@ -114,6 +116,8 @@ def stage(name: str, place: _Place) -> Any:
             run_stage(name, context)
         elif name == "activations":
             activations(context, pools.workers)
+        elif name in _OF_STUDENTS:
+            _OF_STUDENTS[name](context, pools.whole, pools.workers)
         else:
             pools.whole.run(run_stage, name, context)
     return name

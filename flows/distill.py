@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pool import WorkerPool, make_pool
+from flows.pool import WorkerPool
+from flows.pools import pools
 from flows.profile import profile_workers
 from flows.progress import Monitor, log_figures
 from flows.retry import is_worth_a_retry
-from flows.slots import Slot, worker_slots
+from flows.slots import Slot
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, Profile, run_job
 from pbkd.errors import JobError
@@ -37,7 +36,6 @@ from pbkd.measure import (
     job_energy_j,
 )
 from pbkd.report import BlockPhase, JobFigures
-from pbkd.settings import Settings
 from pbkd.stages import StageContext
 from pbkd.stages.context import recorded
 from pbkd.stages.distill import (
@@ -115,7 +113,8 @@ def distill(root: str, state: str, params: str) -> None:
         todo = subject.left_to_do(context.workspace.store)
         plan = DistillPlan(tuple(subject.trainees))
         meter = EnergyMeter.of_this_machine()
-        with _workers(settings) as pool:
+        with pools(settings) as opened:
+            pool = opened.workers
             num_workers = len(pool.slots)
             if todo:
                 measure = measure_costs.with_options(
@@ -138,28 +137,6 @@ def distill(root: str, state: str, params: str) -> None:
         if fan_out.jobs:
             phase = _block_phase(fan_out.jobs, plan, num_workers, window.result)
             write_json(workspace.state / "block_phase.json", phase)
-
-
-_shared: ContextVar[WorkerPool | None] = ContextVar("shared workers", default=None)
-
-
-@contextmanager
-def shared_workers(pool: WorkerPool) -> Iterator[None]:
-    """Let sub-flows in the block use this pool; a flow's parameters cannot hold one."""
-    token = _shared.set(pool)
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-@contextmanager
-def _workers(settings: Settings) -> Iterator[WorkerPool]:
-    if (pool := _shared.get()) is not None:
-        yield pool
-        return
-    with make_pool(worker_slots(settings), settings) as own:
-        yield own
 
 
 @dataclass(frozen=True)
@@ -284,6 +261,7 @@ def _block_phase(
         predicted_s=plan.wall_s,
         jobs_s=jobs_s,
         speedup=jobs_s / wall_s,
+        score_s=sum(job.report.score_s for job in jobs),
         energy_j=energy.total_j,
         jobs=tuple(
             JobFigures(

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -185,6 +186,11 @@ class SlotPool:
             raise failure.error(job, slot)
         return result  # type: ignore[no-any-return]
 
+    def preload(self) -> None:
+        """Start all processes now; they import what jobs need while this one goes on."""
+        for slot in self.slots:
+            self._child_of(slot, preload=True)
+
     def close(self) -> None:
         """Refuse new work and kill all children; safe to call twice and from signal handlers."""
         with self._condition:
@@ -246,12 +252,12 @@ class SlotPool:
             child.pipe.close()
             raise
 
-    def _child_of(self, slot: Slot) -> _Child:
+    def _child_of(self, slot: Slot, *, preload: bool = False) -> _Child:
         with self._condition:  # so that close() sees every child
             self._refuse_if_closed()
             child = self._children.get(slot)
             if child is None or not child.process.is_alive():
-                child = self._children[slot] = _Child(slot)
+                child = self._children[slot] = _Child(slot, preload=preload)
             return child
 
     def _watch(self, child: _Child, job: str, payload: bytes, heartbeat: Path | None) -> bytes:
@@ -312,12 +318,16 @@ def _received(child: _Child) -> tuple[bytes, bytes]:
 class _Child:
     """The living process of a slot and the pipe to it."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, *, preload: bool) -> None:
         self.slot = slot
         self.pipe, theirs = _SPAWN.Pipe()
         # Not daemonic: a daemonic process may not have children, such as a data loader's.
         self.process = _SPAWN.Process(
-            target=serve, args=(theirs, slot, os.getpid()), name=f"pbkd {slot.name}", daemon=False
+            target=serve,
+            args=(theirs, slot, os.getpid()),
+            kwargs={"preload": preload},
+            name=f"pbkd {slot.name}",
+            daemon=False,
         )
         with _sigint_blocked():
             self.process.start()
@@ -378,7 +388,7 @@ def _signs_of_life(
 
 def _pack_call(job: str, function: Callable[..., object], args: tuple[object, ...]) -> bytes:
     try:
-        return pickle.dumps((function, args))
+        return pickle.dumps((sys.path, pickle.dumps((function, args))))
     except Exception as error:
         raise JobError(
             f"job {job} cannot be sent to a worker: {error}; use a function at the top level of a "

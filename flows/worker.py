@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import pickle
@@ -24,8 +25,12 @@ RESULT, LOG = b"R", b"L"  # first byte of what a child sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
 
 
-def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
-    """Run jobs until the pipe or the parent is gone; the child's main function."""
+def serve(pipe: Connection, slot: Slot, parent_pid: int, *, preload: bool = False) -> None:
+    """Run jobs until the pipe or the parent is gone; the child's main function.
+
+    Args:
+        preload: import what the pipeline's jobs need before the first one comes.
+    """
     # Before anything can import torch: OpenMP and CUDA read the environment once.
     threads = str(slot.threads)
     os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -41,6 +46,9 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
     to_parent = _LogToParent(pipe)
     logging.getLogger("pbkd").setLevel(logging.INFO)
     logging.getLogger("pbkd").addHandler(to_parent)
+    if preload:
+        with suppress(Exception):  # the job that needs what is broken will say so
+            _import_libraries()
     while True:
         try:
             payload = pipe.recv_bytes()
@@ -49,6 +57,17 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int) -> None:
         outcome = _call(payload, slot.threads)
         with to_parent.sending:
             pipe.send_bytes(RESULT + outcome)
+
+
+def _import_libraries() -> None:
+    """Import the stages, and what torch's first optimizer imports."""
+    import torch
+
+    from pbkd.stages import STAGES
+
+    for name in STAGES:
+        importlib.import_module(f"pbkd.stages.{name}")
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
 
 class _LogToParent(logging.Handler):
@@ -81,7 +100,9 @@ def _end_with_parent(parent_pid: int) -> NoReturn:
 
 def _call(payload: bytes, threads: int) -> bytes:
     try:
-        function, args = pickle.loads(payload)
+        # The parent's path may have grown since: a user's modules lie in the workspace.
+        sys.path[:], call = pickle.loads(payload)
+        function, args = pickle.loads(call)
         # Again for each job: __main__ may have loaded torch early, a job may have changed it.
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,10 +23,11 @@ from rich.table import Table as RichTable
 
 from pbkd._version import __version__
 from pbkd.allocator import keep_freed_memory
-from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
+from pbkd.errors import BudgetError, ConfigError, PbkdError, disk_errors_explained
 from pbkd.locks import workspace_lock
 
 if TYPE_CHECKING:
+    from flows.pools import Pools
     from pbkd.artifacts import Workspace
     from pbkd.report import Table
 
@@ -131,6 +133,18 @@ def _stage(name: str) -> None:
         run_stage(name, context)
 
 
+def _students(name: str) -> None:
+    """A stage whose students are jobs; a single one runs in this process."""
+    _use_device()
+    from flows.students import ThisProcess, finetune_students, stitch_students
+    from pbkd.stages import StageContext
+
+    workspace = _workspace()
+    with workspace_lock(workspace.root, workspace.state), _pools() as opened:
+        run_stage = {"stitch": stitch_students, "finetune": finetune_students}[name]
+        run_stage(StageContext.load(workspace), ThisProcess(), opened.workers)
+
+
 @app.command(rich_help_panel="Stages")
 def prepare() -> None:
     """Decode the images once into data/prepared/."""
@@ -152,39 +166,47 @@ def blocks() -> None:
 @app.command(rich_help_panel="Stages")
 def activations() -> None:
     """Settle the source of activations; fill the cache in parallel if there is one."""
-    from flows.activations import activations as fill
-    from flows.pool import make_pool
-    from flows.slots import worker_slots
-    from pbkd.stages import StageContext
+    with _pools() as opened:
+        opened.workers.preload()
+        from flows.activations import activations as fill
+        from pbkd.stages import StageContext
 
-    workspace = _workspace()
-    with workspace_lock(workspace.root, workspace.state):
-        context = StageContext.load(workspace)
-        with make_pool(worker_slots(context.settings), context.settings) as pool:
-            fill(context, pool)
+        workspace = _workspace()
+        with workspace_lock(workspace.root, workspace.state):
+            fill(StageContext.load(workspace), opened.workers)
 
 
 @app.command(rich_help_panel="Stages")
 def distill() -> None:
     """Train every candidate of every block in parallel (a Prefect flow), and score its damage."""
     _use_prefect()
-    from flows.distill import distill as flow
+    with _pools() as opened:
+        opened.workers.preload()
+        from flows.distill import distill as flow
 
-    workspace = _workspace()
-    with workspace_lock(workspace.root, workspace.state):
-        flow(str(workspace.root), str(workspace.state), str(workspace.params))
+        workspace = _workspace()
+        with workspace_lock(workspace.root, workspace.state):
+            flow(str(workspace.root), str(workspace.state), str(workspace.params))
 
 
 @app.command(rich_help_panel="Stages")
-def stitch() -> None:
-    """Choose candidates, stitch students, recalibrate batch norm."""
-    _stage("stitch")
+def stitch(
+    remeasure: Annotated[
+        bool, typer.Option(help="Measure anew what blocks and candidates take on this machine.")
+    ] = False,
+) -> None:
+    """Choose candidates for every budget; stitch and repair the students."""
+    if remeasure:
+        from pbkd.students.latency_table import forget_latencies
+
+        forget_latencies(_workspace())
+    _students("stitch")
 
 
 @app.command(rich_help_panel="Stages")
 def finetune() -> None:
-    """Distill each student end to end."""
-    _stage("finetune")
+    """Distill each student end to end; train baselines."""
+    _students("finetune")
 
 
 @app.command(rich_help_panel="Stages")
@@ -252,10 +274,12 @@ def run() -> None:
     Example: `PBKD_WORKERS=2 pbkd run`
     """
     _use_prefect()
-    from flows.compress import compress
+    with _pools() as opened:
+        opened.whole.preload()
+        from flows.compress import compress
 
-    workspace = _workspace()
-    compress(str(workspace.root), str(workspace.state))
+        workspace = _workspace()
+        compress(str(workspace.root), str(workspace.state))
     _print_report(workspace)
 
 
@@ -267,7 +291,7 @@ def inspect() -> None:
     """
     from pbkd.report.tables import discovery_tables
     from pbkd.stages import StageContext
-    from pbkd.stages.blocks import preview
+    from pbkd.stages.preview import preview
 
     for table in discovery_tables(preview(StageContext.load(_workspace()))):
         _print_table(table)
@@ -341,6 +365,74 @@ def report() -> None:
 
 
 @app.command()
+def pick(
+    max_bytes: Annotated[str | None, typer.Option(help="Of the file: 1MB, or 25%.")] = None,
+    min_accuracy: Annotated[
+        str | None, typer.Option(help="On the validation split: 0.9, or 90%.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="Per batch, measured on this machine: 5ms, or 50%.")
+    ] = None,
+    max_parameters: Annotated[str | None, typer.Option(help="500k, or 25%.")] = None,
+    max_macs: Annotated[str | None, typer.Option(help="Of one image: 40M, or 25%.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the latency. [default: the smallest measured]")
+    ] = None,
+    alias: Annotated[str | None, typer.Option(help="Alias to move to the choice.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="New folder for the choice's files, for `pbkd.load`.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model in the registry. [default: register.name]")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="Of the registry. [default: MLFLOW_TRACKING_URI, or here]")
+    ] = None,
+) -> None:
+    """Choose among the registered students, and say why it is this one.
+
+    The most accurate on the validation split within all limits; with --min-accuracy alone, the
+    smallest file. Shares (25%) are of the teacher's figures. The test accuracy is shown beside.
+
+    Example: `pbkd pick --max-bytes 1MB --min-accuracy 0.9 --max-latency 5ms --export exported`
+    """
+    from pbkd import exporting, picking
+
+    if uri is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+    wanted = picking.wanted_from(
+        {
+            "parameters": max_parameters,
+            "macs": max_macs,
+            "bytes": max_bytes,
+            "latency": max_latency,
+        },
+        min_accuracy,
+        batch_size,
+    )
+    picking.check_alias(alias)
+    if export is not None:
+        exporting.check_free(export)
+    workspace = _workspace()
+    answer = picking.pick(workspace, picking.model_name(workspace, name), wanted)
+    _print_table(answer.table)
+    if answer.version is None:
+        for note in answer.sentences[1:]:
+            print(note)
+        raise BudgetError(answer.sentences[0])
+    for sentence in answer.sentences:
+        print(sentence)
+    if alias is not None:
+        picking.move_alias(workspace, answer.version, alias)
+        print(f"Alias {alias} is now version {answer.version.number}.")
+    if export is not None:
+        exporting.export(workspace, answer.version, export)
+        print(f'Exported to {_shown(export)}; load it: pbkd.load("{_shown(export)}")')
+    else:
+        print(f'Load it: pbkd.load("{answer.version.uri}")')
+
+
+@app.command()
 def gc() -> None:
     """Empty the store of finished trainees and cache shards, and checkpoints; outputs stay."""
     workspace = _workspace()
@@ -364,6 +456,14 @@ def _use_device() -> None:
         from flows.slots import whole_machine_slot
 
         whole_machine_slot(settings)
+
+
+def _pools() -> AbstractContextManager[Pools]:
+    """The pools; a verb lets their processes load while it imports what it needs itself."""
+    from flows.pools import pools
+    from pbkd.settings import Settings
+
+    return pools(Settings.from_env())
 
 
 def _workspace() -> Workspace:

@@ -6,6 +6,7 @@ PbkdError
 ├── TeacherError       the teacher cannot be built, loaded or is too weak
 ├── BlockError         a selector or a block cannot be used
 ├── CandidateError     a candidate does not fit its block
+├── BudgetError        no student keeps to the limits that were asked for
 ├── ArtifactError      a file is missing, truncated or of another run
 ├── TrainingError      training went wrong (NaN, out of memory)
 ├── JobError           a worker's job crashed, hung or failed
@@ -46,6 +47,10 @@ class BlockError(PbkdError):
 
 class CandidateError(PbkdError):
     """A candidate does not fit its block."""
+
+
+class BudgetError(PbkdError):
+    """No choice of candidates keeps to a student's limits."""
 
 
 class ArtifactError(PbkdError):

@@ -16,16 +16,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import pbkd
-from pbkd.api import _split
+from pbkd.arrays import split_of
 from pbkd.config import BlocksConfig
-from pbkd.errors import BlockError, ConfigError, DataError, PbkdError, TeacherError
+from pbkd.errors import BlockError, BudgetError, ConfigError, DataError, PbkdError, TeacherError
 from pbkd.measure import count_macs, num_parameters
 from tests.models.own_networks import Odd, two_outputs
 
 QUICK: dict[str, Any] = {
+    "budget": {"max_macs": 0.75},  # what all separable ones give
     "blocks": {"exclude": ["stem"]},  # out of one channel, a separable one makes but one pattern
     "distill": {"epochs": 6, "batch_size": 16},
-    "stitch": {"max_damage": 5.0, "recalibrate_batches": 2},
+    "stitch": {"max_damage": 5.0, "recalibrate_batches": 2, "repair": {"batch_size": 16}},
     "finetune": {"epochs": 6, "batch_size": 16},
 }
 
@@ -59,7 +60,7 @@ def test_an_odd_network_is_compressed_and_says_what_it_left_out(
     model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = copy.deepcopy(model.state_dict())
-    with caplog.at_level(logging.INFO, logger="pbkd.api"):
+    with caplog.at_level(logging.INFO, logger="pbkd"):
         student = pbkd.compress(model, _data(192), _data(60, seed=1), **QUICK)
     assert "left out twice: shared module: called 2 times in one pass" in caplog.text
     done = student.compression
@@ -87,15 +88,19 @@ def test_the_normalisation_is_in_the_student(model: nn.Module) -> None:
             return self.net(x_nchw * 0.5 + 0.25)
 
     data, val = _data(64), _data(60, seed=1)
-    plain = pbkd.compress(model, data, val, finetune={"epochs": 0}, distill={"epochs": 1})
+    quick: dict[str, Any] = {
+        "budget": {"max_macs": 1.0},
+        "finetune": {"epochs": 0},
+        "distill": {"epochs": 1},
+    }
+    plain = pbkd.compress(model, data, val, **quick)
     wrapped = pbkd.compress(
         Normalised(),
         data,
         val,
         mean=[0.25],
         std=[0.5],
-        finetune={"epochs": 0},
-        distill={"epochs": 1},
+        **quick,
     )
     assert wrapped.compression.teacher_accuracy == plain.compression.teacher_accuracy > 0.95
 
@@ -110,12 +115,58 @@ def test_a_second_call_trains_nothing_again(model: nn.Module, tmp_path: Path) ->
     assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
 
 
+def test_several_budgets_give_a_family_and_a_new_one_trains_no_block(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**QUICK, "folder": tmp_path}
+    one = pbkd.compress(model, _data(96), _data(60, seed=1), **settings)
+    store = tmp_path / "store"
+    trained = {path: path.stat().st_mtime_ns for path in (store / "trainees").rglob("*")}
+    settings["students"] = {"all": settings.pop("budget"), "some": {"max_parameters": 0.95}}
+    family = pbkd.compress(model, _data(96), _data(60, seed=1), **settings)
+    assert list(family) == ["all", "some"]
+    some = family["some"].compression
+    assert one.compression.macs < some.macs < some.teacher_macs
+    assert some.num_parameters <= some.limits["parameters"] == 0.95 * some.teacher_num_parameters
+    assert {p: p.stat().st_mtime_ns for p in (store / "trainees").rglob("*")} == trained
+    assert len(list((store / "students").iterdir())) == 2
+    same = family["all"].state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in one.state_dict().items())
+    assert family["all"].compression == one.compression
+
+
+def test_latency_can_be_limited(model: nn.Module) -> None:
+    settings: dict[str, Any] = {
+        **QUICK,
+        "budget": {"max_latency": "10s", "max_macs": 0.75},
+        "finetune": {"epochs": 0},
+    }
+    done = pbkd.compress(model, _data(60), _data(60, seed=1), **settings).compression
+    assert done.limits == {"latency": 10_000.0, "macs": 0.75 * done.teacher_macs}
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"max_macs": 0.1}, "(?i)keeps to .* macs; the smallest reachable is"),
+        (None, "(?i)keeps to .* macs"),  # half of them; this network has nothing that small
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_told_before_any_training(
+    model: nn.Module, budget: Any, said: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**QUICK, "budget": budget, "folder": tmp_path}
+    with pytest.raises(BudgetError, match=said):
+        pbkd.compress(model, _data(60), _data(60, seed=1), **settings)
+    assert not (tmp_path / "store").exists()
+
+
 def test_data_may_be_arrays_tensors_or_pairs() -> None:
     images, labels = _data(9)
     floats = torch.from_numpy(images) / 255
     pairs = [(image, int(label)) for image, label in zip(floats, labels, strict=True)]
     for given in ((images, labels), (floats, torch.from_numpy(labels)), pairs, iter(pairs)):
-        split = _split(given, "train")
+        split = split_of(given, "train")
         assert split.images.dtype == np.uint8
         assert np.array_equal(split.images, images)
         assert np.array_equal(split.labels, labels)
@@ -125,6 +176,11 @@ def test_data_may_be_arrays_tensors_or_pairs() -> None:
     ("change", "kind", "said"),
     [
         ({"distill": {"epoch": 2}}, ConfigError, r"distill\.epoch: Extra inputs"),
+        ({"budget": {"max_macs": "5ms"}}, ConfigError, r"stitch\.students\.compressed\.max_macs"),
+        ({"budget": {"max_macs": 0.5}, "students": {}}, ConfigError, "expected one of them"),
+        ({"students": {}}, ConfigError, "name a student"),
+        ({"stitch": {"sweep": {"points": 3}}}, ConfigError, r"stitch\.sweep: give limits by"),
+        ({"finetune": {"baselines": ["scratch"]}}, ConfigError, "only `pbkd run` trains"),
         ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, ConfigError, "expected 1 values each"),
         ({"model": two_outputs(3, 1)}, TeacherError, "gives tuple in training mode"),
         ({"blocks": BlocksConfig(select="residual")}, BlockError, "matches nothing in Odd"),

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from pbkd.config import Params, SeparableConfig, _section_in, load_params
+from pbkd.config import (
+    BlocksConfig,
+    BottleneckConfig,
+    CandidateConfig,
+    CustomConfig,
+    GroupedConfig,
+    IdentityConfig,
+    LowRankConfig,
+    NarrowConfig,
+    Params,
+    SeparableConfig,
+    load_params,
+)
+from pbkd.config.load import sections_in
 from pbkd.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +52,18 @@ def _load(tmp_path: Path, text: str) -> Params:
             "blocks.overrides.layer1.0.batchnorm",
             "batch_norm",
         ),
+        (
+            "blocks: {candidates: [{kind: low_rank, rato: 0.5}]}",
+            "blocks.candidates.0.rato",
+            "ratio",
+        ),
+        (
+            "blocks: {candidates: [{kind: 'm:f', setings: {}}]}",
+            "blocks.candidates.0.setings",
+            "settings",
+        ),
+        ("stitch: {students: {a: {max_byte: 1}}}", "stitch.students.a.max_byte", "max_bytes"),
+        ("stitch: {sweep: {point: 3}}", "stitch.sweep.point", "points"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(
@@ -69,6 +94,35 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ("teacher: {augment: {flip: maybe}}", "teacher.augment.flip: got 'maybe'"),
         ("blocks: {candidates: []}", "blocks.candidates: got []"),
         ("blocks: {candidates: [{depth: 3}]}", "blocks.candidates.0.depth: got 3"),
+        (
+            "blocks: {candidates: [{kind: lowrank, ratio: 0.5}]}",
+            "blocks.candidates.0.kind: got 'lowrank'; did you mean `low_rank`?",
+        ),
+        (
+            "blocks: {overrides: {a: [{kind: zzz}]}}",
+            "blocks.overrides.a.0.kind: got 'zzz'; known kinds are separable, low_rank, narrow,",
+        ),
+        ("blocks: {candidates: [{kind: }]}", "blocks.candidates.0.kind: got None; known kinds"),
+        (
+            "blocks: {candidates: [separable]}",
+            "blocks.candidates.0: got 'separable'; expected a mapping such as {kind: separable}",
+        ),
+        (
+            "blocks: {candidates: [{kind: 'my module:f'}]}",
+            "blocks.candidates.0.kind: got 'my module:f'; expected package.module:function",
+        ),
+        (
+            "blocks: {candidates: [{kind: low_rank, ratio: 2}]}",
+            "blocks.candidates.0.ratio: got 2; Input should be less than 1",
+        ),
+        (
+            "blocks: {candidates: [{kind: low_rank}]}",
+            "blocks.candidates.0: got {'kind': 'low_rank'}; set one of `ratio` and `energy`",
+        ),
+        (
+            "blocks: {candidates: [{kind: 'm:f', settings: {a: [1]}}]}",
+            "blocks.candidates.0.settings.a: got [1]; Input should be a valid string; or got [1];",
+        ),
         ("evaluate: {latency_batch_sizes: [1, 0]}", "evaluate.latency_batch_sizes.1: got 0"),
         ("shrink: {recipe: [prune]}", "shrink.recipe: got ['prune']"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),
@@ -78,6 +132,36 @@ def test_a_wrong_value_is_named_with_what_was_got(tmp_path: Path, text: str, sai
     with pytest.raises(ConfigError) as caught:
         _load(tmp_path, text)
     assert said in str(caught.value)
+
+
+def test_what_follows_from_another_mistake_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, "blocks: {candidates: [{depth: 3}]}")
+    assert ";" not in str(caught.value).partition("got 3;")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("{kind: separable, depth: 2}", SeparableConfig(depth=2)),
+        ("{kind: low_rank, energy: 0.9}", LowRankConfig(energy=0.9)),
+        ("{kind: narrow}", NarrowConfig()),
+        ("{kind: bottleneck, batch_norm: true}", BottleneckConfig(batch_norm=True)),
+        ("{kind: grouped, groups: 4}", GroupedConfig(groups=4)),
+        ("{kind: identity, adapter: never}", IdentityConfig(adapter="never")),
+        (
+            "{kind: 'm.n:f', settings: {a: 1, b: true, c: x, d: 0.5}}",
+            CustomConfig(kind="m.n:f", settings={"a": 1, "b": True, "c": "x", "d": 0.5}),
+        ),
+    ],
+)
+def test_every_kind_of_candidate_is_read_and_comes_back(
+    tmp_path: Path, text: str, config: CandidateConfig
+) -> None:
+    blocks = _load(tmp_path, f"blocks: {{candidates: [{text}]}}").blocks
+    assert blocks.candidates == (config,)
+    assert type(blocks.candidates[0]) is type(config)
+    assert BlocksConfig.model_validate_json(blocks.model_dump_json()) == blocks
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -152,10 +236,9 @@ def test_no_key_has_a_name_that_dvc_leaves_out_of_its_hashes() -> None:
     def names(model: type[BaseModel]) -> Iterator[str]:
         for name, field in model.model_fields.items():
             yield field.alias or name
-            inner = _section_in(field.annotation)
-            if inner is not None:
+            for inner in sections_in(field.annotation):
                 yield from names(inner)
 
     found = set(names(Params))
-    assert {"image_size", "pad", "depth"} <= found
+    assert {"image_size", "pad", "depth", "groups", "energy", "max_bytes"} <= found
     assert not found & {"size", "nfiles"}

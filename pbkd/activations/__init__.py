@@ -3,6 +3,7 @@
 from pbkd.activations.cache import (
     Side,
     SideKeys,
+    as_shown,
     both_sides,
     cache_key,
     cache_keys,
@@ -16,6 +17,7 @@ from pbkd.activations.reader import CacheSource
 from pbkd.activations.relay import RelaySource, ResumedSource
 from pbkd.activations.resume import Resume, find_cuts
 from pbkd.activations.source import Source, activation_stream
+from pbkd.activations.suffix import Suffixes
 
 __all__ = [
     "Activation",
@@ -28,7 +30,9 @@ __all__ = [
     "Side",
     "SideKeys",
     "Source",
+    "Suffixes",
     "activation_stream",
+    "as_shown",
     "both_sides",
     "cache_key",
     "cache_keys",

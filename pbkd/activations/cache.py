@@ -51,6 +51,11 @@ def cache_views(config: ActivationsConfig) -> list[View]:
     return [*range(config.views), VAL]
 
 
+def as_shown(config: ActivationsConfig, epochs: int) -> ActivationsConfig:
+    """The settings with no more views than so many epochs show: the same stream, less to cache."""
+    return config.model_copy(update={"views": min(config.views, epochs)})
+
+
 def cache_key(
     card: ModelCard, config: ActivationsConfig, seed: int, path: str, side: Side, view: View
 ) -> str:

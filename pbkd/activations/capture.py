@@ -34,8 +34,8 @@ def filled_up(x: Tensor, fill_to: int) -> Tensor:
     return x[rows.where(rows < len(x), 0)]  # unlike cat, keeps the layout
 
 
-class _PassIsOver(Exception):  # noqa: N818
-    """Ends the teacher's pass once the last block has run."""
+class PassIsOver(Exception):  # noqa: N818
+    """Ends the teacher's pass once all that was wanted has run."""
 
 
 _Name = tuple[str, str]
@@ -120,7 +120,7 @@ class Capture:
     ) -> _Held:
         held = _Held()
         # inference_mode tensors have no version counter
-        with torch.no_grad(), self._hooks(paths, held, taken), suppress(_PassIsOver):
+        with torch.no_grad(), self._hooks(paths, held, taken), suppress(PassIsOver):
             self.model(images_nchw)
         return held
 
@@ -138,7 +138,7 @@ class Capture:
             keep((path, "output"), output)
             pending.discard(path)
             if not pending:
-                raise _PassIsOver
+                raise PassIsOver
 
         handles = []
         for path in paths:

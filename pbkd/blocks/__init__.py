@@ -1,6 +1,11 @@
 """What can be replaced, by what, and from which weights."""
 
-from pbkd.blocks.candidates import build_candidate, candidate_name, init_candidate
+from pbkd.blocks.candidates import (
+    build_candidate,
+    candidate_name,
+    init_candidate,
+    settle_candidate,
+)
 from pbkd.blocks.discover import BlockFacts, CandidateFacts, Discovery, Rejected, find_blocks
 from pbkd.blocks.swap import swap, swapped
 
@@ -13,6 +18,7 @@ __all__ = [
     "candidate_name",
     "find_blocks",
     "init_candidate",
+    "settle_candidate",
     "swap",
     "swapped",
 ]

@@ -1,51 +1,98 @@
-"""Cheaper modules for a block, by kind.
+"""Cheaper modules for a block, by kind: the registry.
 
-A kind is a function ``build(config, block) -> nn.Module`` that gives a module with the block's
-shapes. ``build_candidate`` chooses it; ``init_candidate`` gives the weights with which training
-starts.
+``settle_candidate`` writes into a config what follows from the block's weights and shapes,
+``build_candidate`` makes the module from config and structure alone, and ``init_candidate`` gives
+it the weights with which training starts. The kinds are in ``pbkd.blocks.kinds``.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
+import re
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pbkd.blocks.inherit import neutral_batch_norms, pass_through, rank_one_factors
-from pbkd.blocks.swap import swap
-from pbkd.config import CandidateConfig, SeparableConfig
+from pbkd.artifacts import digest_of
+from pbkd.blocks.kinds import bottleneck, custom, grouped, identity, low_rank, narrow, separable
+from pbkd.blocks.kinds.convs import replaceable_convs
+from pbkd.blocks.kinds.kind import Kind
+from pbkd.blocks.kinds.separable import Separable
+from pbkd.config import CandidateConfig, CustomConfig
 from pbkd.devices import channels_last
-from pbkd.errors import CandidateError
-from pbkd.measure import eval_mode
+
+__all__ = [
+    "Separable",
+    "build_candidate",
+    "candidate_name",
+    "init_candidate",
+    "replaceable_convs",
+    "settle_candidate",
+]
+
+_KINDS: dict[str, Kind[Any]] = {
+    "separable": separable.KIND,
+    "low_rank": low_rank.KIND,
+    "narrow": narrow.KIND,
+    "bottleneck": bottleneck.KIND,
+    "grouped": grouped.KIND,
+    "identity": identity.KIND,
+}
+
+_WORD = re.compile(r"(?!(true|false)$)[a-z_][a-z0-9_]*")
+_LONGEST_NAME = 100
+"""Characters; file systems allow 255, with room for what others put around it."""
 
 
 def candidate_name(config: CandidateConfig) -> str:
-    """A readable name, also of a folder: the kind and the settings that are not the default."""
-    settings = config.model_dump(exclude_defaults=True, exclude={"kind"})
+    """A readable name, also of a folder: the kind and the settings that are not the default.
+
+    Where another character than letters, digits, ``_``, ``.`` and ``-`` has to go, a digest tells
+    names apart that would be the same without it.
+    """
+    settings = config.model_dump(exclude_defaults=True, exclude={"kind", *config.settled})
+    is_exact = True
+    if isinstance(config, CustomConfig):
+        settings = dict(sorted(config.settings.items()))
+        # words that are no number, and no dot or dash that could be one of the name's own
+        words = [value for value in settings.values() if isinstance(value, str)]
+        is_exact = all(_WORD.fullmatch(word) for word in words)
+        # upper and lower case are one on some file systems
+        is_exact &= all(text == text.lower() for text in (config.kind, *settings))
     # a dot, because MLflow's metric names allow few other characters
-    parts = [f"{name}.{value}".lower() for name, value in settings.items()]
-    return "-".join([config.kind, *parts])
+    parts = [f"{name}.{_text(value)}" for name, value in settings.items()]
+    plain = "-".join([config.kind.replace(":", "."), *parts])
+    legal = re.sub(r"[^\w.-]", "_", plain, flags=re.ASCII)[:_LONGEST_NAME]
+    if is_exact and legal == plain:
+        return legal
+    return f"{legal}-{digest_of([config.kind, settings])[:8]}"
+
+
+def settle_candidate(config: CandidateConfig, block: nn.Module, x_nchw: Tensor) -> CandidateConfig:
+    """The config with all that ``build_candidate`` needs to know of weights and shapes.
+
+    Args:
+        x_nchw: an input of the block; only its shape counts.
+
+    Raises:
+        CandidateError: the kind does not fit the block.
+        ConfigError: the kind is the user's own, and missing or faulty.
+    """
+    settled: CandidateConfig = _kind(config).settle(config, block, x_nchw)
+    return settled
 
 
 def build_candidate(config: CandidateConfig, block: nn.Module) -> nn.Module:
     """The candidate's structure for a block, with the constructors' random weights.
 
-    A convolution becomes the kind's module; of any other block, a copy is made in which every
-    k x k convolution (k > 1) is replaced, so that skips and norms stay as the teacher has them.
+    It depends on the settled config and the block's structure, not on its weights. Most kinds
+    stand for a convolution; of any other block, they replace the convolutions in a copy, so that
+    skips and norms stay as the teacher has them. A user's own kind is imported.
 
     Raises:
-        CandidateError: the block holds nothing that the kind can replace.
+        CandidateError: the kind does not fit the block, or the config is not settled.
+        ConfigError: the kind is the user's own, and missing or faulty.
     """
-    if isinstance(block, nn.Conv2d):
-        return channels_last(Separable(config, block))
-    paths = replaceable_convs(block)
-    if not paths:
-        raise CandidateError("holds no dense k x k convolution, k > 1")
-    whole = copy.deepcopy(block)
-    swap(whole, {path: Separable(config, _conv(whole, path)) for path in paths})
-    return channels_last(whole)
+    return channels_last(_kind(config).build(config, block))
 
 
 def init_candidate(
@@ -54,120 +101,15 @@ def init_candidate(
     """Give a built candidate the weights with which it starts, in place.
 
     Args:
-        x_nchw: some inputs of the block; they set the batch norms of inherited candidates.
+        x_nchw: some inputs of the block; with the block's own outputs, all that a kind may see of
+            the data. They set batch norms, least squares and the importance of channels.
     """
-    if config.init == "random":
-        return
-    if isinstance(block, nn.Conv2d):
-        assert isinstance(candidate, Separable)
-        candidate.inherit(block)
-        new_parts = [candidate]
-    else:
-        paths = replaceable_convs(block)
-        new_parts = []
-        for path in paths:
-            part = candidate.get_submodule(path)
-            assert isinstance(part, Separable)
-            part.inherit(_conv(block, path))
-            new_parts.append(part)
-    if config.batch_norm:
-        for part, inputs in zip(new_parts, _inputs_of(candidate, new_parts, x_nchw), strict=True):
-            neutral_batch_norms(part, inputs)
+    _kind(config).init(config, candidate, block, x_nchw)
 
 
-def replaceable_convs(module: nn.Module) -> list[str]:
-    """Paths, below a module, of the convolutions that ``separable`` can stand in for."""
-    return [
-        path
-        for path, child in module.named_modules()
-        if isinstance(child, nn.Conv2d)
-        and max(child.kernel_size) > 1
-        and child.groups < child.in_channels  # a depthwise one is separable already
-    ]
+def _kind(config: CandidateConfig) -> Kind[Any]:
+    return custom.KIND if isinstance(config, CustomConfig) else _KINDS[config.kind]
 
 
-class Separable(nn.Sequential):
-    """Depthwise and pointwise convolutions with the stride, padding, dilation, groups, bias of one.
-
-    With ``depth: 2`` a channel-keeping separable convolution and a ReLU come first, as in Blakeney
-    et al., arXiv 2012.03096.
-    """
-
-    def __init__(self, config: SeparableConfig, conv: nn.Conv2d) -> None:
-        layers: list[tuple[str, nn.Module]] = []
-        if config.depth == 2:
-            layers += [
-                *_pair(config, conv, "0", keeps_shape=True),
-                ("relu", nn.ReLU()),
-            ]
-        layers += _pair(config, conv, str(config.depth - 1), keeps_shape=False)
-        super().__init__(OrderedDict(layers))
-        self.depth = config.depth
-
-    def inherit(self, conv: nn.Conv2d) -> None:
-        """Take over a convolution: its rank-1 factors, behind an identity where depth is 2."""
-        last = str(self.depth - 1)
-        with torch.no_grad():
-            depthwise, pointwise = rank_one_factors(conv.weight, conv.groups)
-            self._conv(f"depthwise{last}").weight.copy_(depthwise)
-            final = self._conv(f"pointwise{last}")
-            final.weight.copy_(pointwise)
-            if conv.bias is not None and final.bias is not None:
-                final.bias.copy_(conv.bias)
-        if self.depth == 2:
-            pass_through(self._conv("depthwise0"), self._conv("pointwise0"))
-
-    def _conv(self, name: str) -> nn.Conv2d:
-        return _conv(self, name)
-
-
-def _pair(
-    config: SeparableConfig, conv: nn.Conv2d, suffix: str, *, keeps_shape: bool
-) -> list[tuple[str, nn.Module]]:
-    channels = conv.in_channels
-    depthwise = nn.Conv2d(
-        channels,
-        channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=1 if keeps_shape else conv.stride,  # type: ignore[arg-type]
-        padding="same" if keeps_shape else conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=channels,
-        bias=False,
-        padding_mode=conv.padding_mode,
-    )
-    pointwise = nn.Conv2d(
-        channels,
-        channels if keeps_shape else conv.out_channels,
-        1,
-        groups=conv.groups,
-        bias=not keeps_shape and conv.bias is not None,
-    )
-    layers: list[tuple[str, nn.Module]] = [("depthwise" + suffix, depthwise)]
-    if config.batch_norm:
-        layers.append(("norm" + suffix, nn.BatchNorm2d(channels)))
-    return [*layers, ("pointwise" + suffix, pointwise)]
-
-
-def _conv(module: nn.Module, path: str) -> nn.Conv2d:
-    conv = module.get_submodule(path)
-    assert isinstance(conv, nn.Conv2d)
-    return conv
-
-
-def _inputs_of(whole: nn.Module, parts: list[Separable], x_nchw: Tensor) -> list[Tensor]:
-    """What each part gets when the whole runs; the parts are called in the order of the list."""
-    if whole is parts[0]:
-        return [x_nchw]
-    inputs: dict[nn.Module, Tensor] = {}
-    hooks = [
-        part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].clone()}))
-        for part in parts
-    ]
-    try:
-        with torch.no_grad(), eval_mode(whole):
-            whole(x_nchw.clone())  # it may begin with an in-place operation
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [inputs[part] for part in parts]
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from pbkd.blocks.candidates import build_candidate, candidate_name
+from pbkd.blocks.candidates import build_candidate, candidate_name, settle_candidate
 from pbkd.config import BlocksConfig, CandidateConfig
 from pbkd.errors import BlockError, CandidateError
 from pbkd.measure import count_macs, eval_mode, num_parameters
@@ -297,12 +297,13 @@ def _configs_for(path: str, config: BlocksConfig) -> tuple[CandidateConfig, ...]
     for glob, configs in config.overrides.items():
         if fnmatch.fnmatch(path, glob):
             chosen = configs
-    return tuple(dict.fromkeys(chosen))
+    return tuple({candidate_name(each): each for each in chosen}.values())
 
 
 def _candidate_facts(
     config: CandidateConfig, block: nn.Module, x_nchw: Tensor, y_nchw: Tensor
 ) -> CandidateFacts:
+    config = settle_candidate(config, block, x_nchw)
     candidate = build_candidate(config, block).eval()
     with torch.no_grad():
         shape = tuple(candidate(x_nchw.clone()).shape)

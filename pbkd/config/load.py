@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
+from pbkd.config.candidates import KINDS
 from pbkd.config.sections import Params
 from pbkd.errors import ConfigError, did_you_mean
+
+_UNIONS = (Union, types.UnionType)
 
 
 def load_params(path: Path) -> Params:
@@ -30,8 +33,7 @@ def load_params(path: Path) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(entry) for entry in error.errors()]
-        raise ConfigError(f"{path}: " + "; ".join(lines)) from None
+        raise ConfigError(f"{path}: " + "; ".join(_explain(error.errors()))) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -50,28 +52,104 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _explain(entry: Any) -> str:
-    *parents, key = [str(part) for part in entry["loc"]] or [""]
-    where = ".".join([*parents, key])
-    if entry["type"] != "extra_forbidden":
-        return f"{where}: got {entry['input']!r}; {entry['msg']}"
-    known = _field_names(Params, parents)
-    hint = did_you_mean(key, known, f"known are {', '.join(known)}")
-    return f"{where}: unknown key; {hint}"
+def _explain(errors: list[Any]) -> list[str]:
+    """A line per mistake; what only follows from another one is left out."""
+    lines: dict[str, list[str]] = {}
+    for entry in errors:
+        inside = [e for e in errors if len(e["loc"]) > len(entry["loc"])]
+        if entry["type"] == "too_short" and any(
+            other["loc"][: len(entry["loc"])] == entry["loc"] for other in inside
+        ):
+            continue  # a list with wrong entries counts as one without them
+        where, said = _explain_one(entry)
+        lines.setdefault(where, []).append(said)
+    # several of one place are the members of a union, none of which fits
+    return [f"{where}: {'; or '.join(dict.fromkeys(said))}" for where, said in lines.items()]
 
 
-def _field_names(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Names that are valid at a location, found by walking the sections' annotations."""
+def _explain_one(entry: Any) -> tuple[str, str]:
+    location = [str(part) for part in entry["loc"]] or [""]
+    if entry["type"] == "unknown_kind":
+        return _explain_kind(".".join(location), entry)
+    if entry["type"] == "extra_forbidden":
+        *parents, key = location
+        where, section = _walk(parents)
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        hint = did_you_mean(key, known, f"known are {', '.join(known)}")
+        return ".".join([*where, key]), f"unknown key; {hint}"
+    where, _ = _walk(location)
+    text = entry["msg"].removeprefix("Value error, ")
+    if where[-1:] == ["kind"] and entry["type"] == "string_pattern_mismatch":
+        text = "expected package.module:function"
+    return ".".join(where), f"got {entry['input']!r}; {text}"
+
+
+def _explain_kind(where: str, entry: Any) -> tuple[str, str]:
+    if not isinstance(entry["input"], dict):
+        example = "expected a mapping such as {kind: separable}"
+        return where, f"got {entry['input']!r}; {example}; {entry['msg']}"
+    kind = entry["input"].get("kind")
+    hint = did_you_mean(str(kind), KINDS, entry["msg"])
+    return f"{where}.kind", f"got {kind!r}; {hint}"
+
+
+def _walk(location: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """Follow a location through the sections.
+
+    Returns:
+        The location as the file has it, without the names that unions give their members; and the
+        innermost section on the way.
+    """
+    section: type[BaseModel] = Params
+    annotation: Any = Params
+    shown = []
     for part in location:
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        inner = _section_in(field.annotation) if field else None
-        model = inner or model
-    return [field.alias or name for name, field in model.model_fields.items()]
+        members = _members(annotation)
+        if part in members:
+            annotation = members[part]
+        else:
+            shown.append(part)
+            annotation = _inside(annotation, part)
+        section = _as_section(annotation) or section
+    return shown, section
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, dict, Annotated):
-        return next((s for s in map(_section_in, get_args(annotation)) if s), None)
-    return None
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field's type names, at any depth of containers and unions."""
+    section = _as_section(annotation)
+    if section is not None:
+        return [section]
+    return [found for inner in get_args(annotation) for found in sections_in(inner)]
+
+
+def _as_section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is Annotated:
+        return _as_section(get_args(annotation)[0])
+    if get_origin(annotation) in _UNIONS:  # of a section and None
+        found = [s for s in map(_as_section, get_args(annotation)) if s is not None]
+        return found[0] if len(found) == 1 else None
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_section else None
+
+
+def _members(annotation: Any) -> dict[str, Any]:
+    """A union's members by the names that pydantic gives them in a location."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) not in _UNIONS:
+        return {}
+    members = {}
+    for member in get_args(annotation):
+        tags = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
+        members[tags[0] if tags else getattr(member, "__name__", str(member))] = member
+    return members
+
+
+def _inside(annotation: Any, part: str) -> Any:
+    """The type of a section's field, or of a container's items; None where there is none."""
+    section = _as_section(annotation)
+    if section is not None:
+        fields = section.model_fields.items()
+        return next((f.annotation for name, f in fields if part in (name, f.alias)), None)
+    arguments = [a for a in get_args(annotation) if a is not Ellipsis]
+    return arguments[-1] if get_origin(annotation) in (tuple, dict) and arguments else None

@@ -5,6 +5,7 @@ Everything here may change results, so DVC watches it; what may not is in ``pbkd
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -176,7 +177,13 @@ class ActivationsConfig(Section):
 
 
 class DistillConfig(Section):
-    """How each candidate is trained on its block's activations, and how its damage is scored."""
+    """How each candidate is trained on its block's activations, and how its damage is scored.
+
+    The score takes the first images of the validation split, which `prepare` shuffled by the seed:
+    the same ones for every candidate. They are `score_images` at most, and no more than one for
+    every 25 images that a candidate trains on in all its epochs, unless these are fewer than 250:
+    so short trainings are not outlasted by their scores, on whatever machine.
+    """
 
     loss: Literal["relative_l2", "mse"] = Field(
         "relative_l2", description="relative_l2: squared error over the target's squared norm"
@@ -194,22 +201,22 @@ class DistillConfig(Section):
         1e-3, ge=0, description="relative fall of the validation loss that counts as better"
     )
     score_images: int = Field(
-        2000, ge=1, description="validation images used for the damage, at most"
+        2000, ge=1, description="validation images used for the damage, at most; see above"
     )
 
 
 class RepairConfig(Section):
     """Short training of a stitched student on the teacher's activations; no label, no logit.
 
-    ``mixed``: each block alone, on a mixture of the teacher's and the student's inputs (QDrop,
-    arXiv 2203.05740); ``local``: each block alone, on the student's inputs; ``joint``: losses at
-    all blocks' outputs, with gradients through the whole student. docs/repair.md compares them.
+    ``joint``: losses at all blocks' outputs, with gradients through the whole student; ``local``:
+    each block alone, on the student's inputs: weaker, but with memory for one block at a time.
+    docs/repair.md compares them.
     """
 
-    method: Literal["none", "mixed", "local", "joint"] = "joint"
+    method: Literal["none", "local", "joint"] = "joint"
     epochs: int = Field(1, ge=0, description="passes over the training split")
     batch_size: int = Field(64, ge=2, description="images per step")
-    lr: float = Field(2e-3, gt=0, description="start of the cosine schedule (AdamW)")
+    lr: float = Field(5e-3, gt=0, description="start of the cosine schedule (AdamW)")
     mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
 
 
@@ -245,6 +252,9 @@ class StitchConfig(Section):
             raise ValueError("name a student in `students`, or set `sweep`")
         if "teacher" in self.students:
             raise ValueError("`teacher` is no name for a student")
+        swept = [name for name in self.students if re.fullmatch(r"sweep-\d+", name)]
+        if self.sweep is not None and swept:
+            raise ValueError(f"`{swept[0]}` is the name of a student of `sweep`; take another")
         return self
 
 
@@ -253,10 +263,13 @@ class FinetuneConfig(Section):
 
     epochs: int = Field(8, ge=0, description="passes over the training split, at most")
     patience: int = Field(
-        8, ge=1, description="epochs without a better validation accuracy before training stops"
+        8,
+        ge=1,
+        description="epochs without a better validation accuracy before training stops, counted "
+        "once the schedule has risen",
     )
     batch_size: int = Field(64, ge=2, description="images per step")
-    lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
+    lr: float = Field(0.05, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
     weight_decay: float = Field(5e-4, ge=0)
     mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
@@ -285,7 +298,13 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1, description="images per batch for the accuracy")
     latency_batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 256)
     latency_seconds: float = Field(
-        2.0, gt=0, description="measuring time per batch size, all models together"
+        2.0,
+        gt=0,
+        description="measuring time per batch size for teacher and one student; more students get "
+        "more in proportion",
+    )
+    latency_max_seconds: float = Field(
+        120.0, gt=0, description="per batch size, no round of all models begins after this time"
     )
 
 

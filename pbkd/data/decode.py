@@ -48,11 +48,11 @@ class Fit:
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
         """(C, H, W) uint8: turned upright (EXIF), converted, resized and cropped."""
-        from torchvision.transforms import functional as F
-        from torchvision.transforms.functional import InterpolationMode
-
         image = _converted(ImageOps.exif_transpose(image), self.channels)
         if self.size is not None and (image.size != (self.size, self.size) or self.resize):
+            from torchvision.transforms import functional as F
+            from torchvision.transforms.functional import InterpolationMode
+
             mode = InterpolationMode(self.interpolation)
             image = F.resize(image, [self.resize or self.size], mode)
             image = F.center_crop(image, [self.size])

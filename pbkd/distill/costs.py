@@ -12,6 +12,9 @@ from pbkd.distill.profile import Profile
 from pbkd.distill.trainee import TraineeSpec
 from pbkd.plan import BlockCost, TraineeCost
 
+_DRY_PASSES = 3
+"""Of a relay, before it trains: two that look for what is overwritten, one for the first inputs."""
+
 
 def block_costs(
     blocks: Iterable[BlockFacts],
@@ -31,6 +34,8 @@ def block_costs(
     """
     num_train, num_val = num_images["train"], num_images["val"]
     passes = distill.epochs * num_train + (distill.epochs + 1) * num_val
+    relayed = passes + _DRY_PASSES * min(distill.batch_size, num_val)
+    scored = min(distill.score_images, num_val)
     used = min(num_stored, distill.epochs * num_train + num_val)
     # what fits lives on a GPU and is read once
     reads = used if profile.device.startswith("cuda") else passes
@@ -42,8 +47,9 @@ def block_costs(
         write = {side: size * num_stored / disk.write for side, size in sizes.items()}
         return BlockCost(
             path=block.path,
-            teacher_s=profile.teacher_s[block.path] * passes,
+            teacher_s=profile.teacher_s[block.path] * relayed,
             fill_teacher_s=profile.teacher_s[block.path] * profile.capture_gain * num_stored,
+            before_score_s=profile.suffixes[block.path].before_s * scored,
             read_input_s=read["input"],
             read_output_s=read["output"],
             read_cut_s=read["cut"],
@@ -84,12 +90,12 @@ def trainee_costs(
         measured = profile.trainees[spec.name]
         fits = measured.step_s is not None
         step_s = measured.step_s if measured.step_s is not None else 3 * measured.eval_s
-        swapped_s = profile.whole_teacher_s - profile.teacher_s[spec.block] + measured.eval_s
-        training_s = measured.init_s + stepped * step_s + validated * measured.eval_s
+        score_s = profile.suffixes[spec.block].suffix_s + measured.eval_s
+        training_s = measured.fixed_s + stepped * step_s + validated * measured.eval_s
         return TraineeCost(
             name=spec.name,
             block=spec.block,
-            own_s=scored * max(0.0, swapped_s) + (0 if spec.name in trained else training_s),
+            own_s=scored * score_s + (0 if spec.name in trained else training_s),
             memory_bytes=measured.held_bytes if fits else int(profile.memory_bytes) + 1,
         )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbkd.activations import (
     CacheSource,
@@ -24,6 +26,7 @@ from pbkd.activations import (
     Side,
     Source,
     activation_stream,
+    as_shown,
     both_sides,
     cache_keys,
 )
@@ -32,7 +35,8 @@ from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.data import Split, Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
-from pbkd.distill.score import SCORE, score
+from pbkd.distill.score import SCORE, SCORE_BATCH, Damage, score
+from pbkd.distill.timing import warm_up
 from pbkd.distill.trainee import WEIGHTS, Trainee, TraineeSpec
 from pbkd.errors import disk_errors_explained
 from pbkd.models import Classifier, ModelCard, Predictions, load_teacher, predict
@@ -43,7 +47,6 @@ TRAINEES = "trainees"
 SCORES = "scores"
 PREDICTIONS = "predictions"
 _LOGITS = "logits.safetensors"
-_SCORE_BATCH = 256
 
 
 class TrainingJob(BaseModel):
@@ -87,6 +90,7 @@ class JobReport(BaseModel):
     Attributes:
         trained: names of the trainees that it trained; the others were in the store.
         started_at: seconds since 1970.
+        score_s: seconds of ``duration_s`` that went into scores.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,6 +99,15 @@ class JobReport(BaseModel):
     trained: tuple[str, ...]
     started_at: float
     duration_s: float
+    score_s: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """Names of the trainees trained just now, and the seconds that went into scores."""
+
+    trained: tuple[str, ...]
+    score_s: float
 
 
 def run_job(spec: JobSpec) -> JobReport:
@@ -103,26 +116,24 @@ def run_job(spec: JobSpec) -> JobReport:
     Raises:
         PbkdError: the teacher or the data cannot be read, or the store is damaged.
     """
-    _warm_up()
+    warm_up()
     started_at = time.time()
     teacher, card = load_teacher(spec.teacher, allow_code=True)
     prepared = load_prepared(spec.prepared)
-    trained = train_and_score(spec, teacher, card, prepared.split("train"), prepared.split("val"))
-    duration_s = time.time() - started_at
+    done = train_and_score(spec, teacher, card, prepared.split("train"), prepared.split("val"))
     return JobReport(
-        job_id=spec.job_id, trained=trained, started_at=started_at, duration_s=duration_s
+        job_id=spec.job_id,
+        trained=done.trained,
+        started_at=started_at,
+        duration_s=time.time() - started_at,
+        score_s=done.score_s,
     )
-
-
-def _warm_up() -> None:
-    """The first optimizer of a process imports seconds of torch: no job's time, and no plan's."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def train_and_score(
     job: TrainingJob, teacher: Classifier, card: ModelCard, train: Split, val: Split
-) -> tuple[str, ...]:
-    """Train and score a job's trainees into the store; returns the names of those trained now.
+) -> Done:
+    """Train and score a job's trainees into the store.
 
     Raises:
         TrainingError: the batches do not fit into memory.
@@ -134,14 +145,16 @@ def train_and_score(
         return _train_and_score(job, _Worker(job, teacher, card, train, val), store)
 
 
-def _train_and_score(spec: TrainingJob, worker: _Worker, store: Store) -> tuple[str, ...]:
+def _train_and_score(spec: TrainingJob, worker: _Worker, store: Store) -> Done:
     to_train = [t for t in spec.trainees if not store.has(TRAINEES, t.key)]
     if to_train:
         worker.train(to_train, store)
-    for trainee in spec.trainees:
-        if not store.has(SCORES, trainee.score_key):
-            worker.score(trainee, store)
-    return tuple(trainee.name for trainee in to_train)
+    start = time.perf_counter()
+    to_score = [t for t in spec.trainees if not store.has(SCORES, t.score_key)]
+    if to_score:
+        worker.score(to_score, store)
+    score_s = time.perf_counter() - start
+    return Done(tuple(trainee.name for trainee in to_train), score_s)
 
 
 class _Worker:
@@ -174,22 +187,24 @@ class _Worker:
             self._validate(active, source)
             active = _publish_finished(active, store)
 
-    def score(self, spec: TraineeSpec, store: Store) -> None:
-        folder = store.path(TRAINEES, spec.key)
-        block = self.teacher.net.get_submodule(spec.block)
-        candidate = build_candidate(spec.config, block)
-        candidate.load_state_dict(load_tensors(folder / WEIGHTS))
-        damage = score(
+    def score(self, specs: list[TraineeSpec], store: Store) -> None:
+        damages = score(
             self.teacher,
-            spec.block,
-            candidate.to(self.device).eval(),
+            [(spec.block, self._trained(spec, store)) for spec in specs],
             self._teacher_predictions(store),
             self.val_stream,
-            _SCORE_BATCH,
+            SCORE_BATCH,
             self._beat,
         )
-        store.put(SCORES, spec.score_key, lambda folder: write_json(folder / SCORE, damage))
+        for spec, damage in zip(specs, damages, strict=True):
+            store.put(SCORES, spec.score_key, _writer(damage))
         self._beat()
+
+    def _trained(self, spec: TraineeSpec, store: Store) -> nn.Module:
+        block = self.teacher.net.get_submodule(spec.block)
+        candidate = build_candidate(spec.config, block)
+        candidate.load_state_dict(load_tensors(store.path(TRAINEES, spec.key) / WEIGHTS))
+        return candidate.to(self.device).eval()
 
     def _teacher_predictions(self, store: Store) -> Predictions:
         """What the teacher says of the images of the score: computed by the first job that asks."""
@@ -201,7 +216,7 @@ class _Worker:
             found = predict(
                 self.teacher,
                 self.val_stream,
-                batch_size=_SCORE_BATCH,
+                batch_size=SCORE_BATCH,
                 limit=limit,
                 after_batch=self._beat,
             )
@@ -245,7 +260,8 @@ class _Worker:
 
     def _cache(self, sides: list[tuple[str, Side]], store: Store) -> CacheSource:
         spec = self.spec
-        keys = cache_keys(self.card, spec.activations, spec.seed, sides, spec.cuts)
+        config = as_shown(spec.activations, spec.distill.epochs)
+        keys = cache_keys(self.card, config, spec.seed, sides, spec.cuts)
         num_val, batch_size = len(self.val_stream), spec.distill.batch_size
         return CacheSource(store, keys, self.train_stream, num_val, batch_size, self.device)
 
@@ -256,6 +272,10 @@ class _Worker:
 
     def _beat(self) -> None:
         self.spec.heartbeat.touch()
+
+
+def _writer(damage: Damage) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / SCORE, damage)
 
 
 def _publish_finished(trainees: list[Trainee], store: Store) -> list[Trainee]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.activations import Capture
+from pbkd.activations import Capture, Suffixes
 from pbkd.activations.resume import find_cuts
 from pbkd.artifacts import digest_of
 from pbkd.config import DistillConfig
@@ -23,12 +23,15 @@ from pbkd.devices import best_device, enough_memory
 from pbkd.distill.timing import (
     DiskRates,
     StepCost,
+    SuffixCost,
     best_capture_batch,
     free_memory,
     measure_disk,
+    score_costs,
+    score_images,
     step_costs,
     teacher_times,
-    whole_teacher_s,
+    warm_up,
 )
 from pbkd.distill.trainee import TraineeSpec
 from pbkd.measure import processor_name, usable_cores
@@ -36,7 +39,7 @@ from pbkd.models import Classifier, load_teacher, read_card
 
 _CUT_IMAGES = 2  # one image would take other kernels
 _MEETING_S = 20.0
-_VERSION = 1
+_VERSION = 2
 _USABLE = {"cpu": 0.6, "cuda": 0.35}
 """Share of the free memory that a plan gives away; on a GPU a cache takes another part."""
 _NOISE = 1.1
@@ -49,10 +52,11 @@ class Profile(BaseModel):
         num_workers: that measured at the same time.
         speeds: of each of them, the mean being 1; differences under a tenth are taken for noise.
         memory_bytes: that one worker's trainees may take.
-        setup_s: reading teacher and data, in seconds per job.
+        setup_s: reading teacher and data, and finding the suffixes, in seconds per job.
         teacher_s: block to the teacher's time from the end of the block before to its end,
             rounding included, in batches of ``batch_size``.
-        whole_teacher_s: to the logits.
+        whole_teacher_s: to the logits, as a score runs it.
+        suffixes: block to what its candidates' scores take beside them.
         capture_batch: images per pass at which the teacher was fastest.
         capture_gain: its time there over that at ``batch_size``.
         cuts: block to the module from whose input alone the teacher can go on.
@@ -71,6 +75,7 @@ class Profile(BaseModel):
     setup_s: float
     teacher_s: dict[str, float]
     whole_teacher_s: float
+    suffixes: dict[str, SuffixCost] = {}
     capture_batch: int
     capture_gain: float
     cuts: dict[str, str]
@@ -179,6 +184,7 @@ def measure_profile(
         folder: where the cache will lie.
         setup_s: what reading teacher and data took.
     """
+    warm_up()
     started = time.perf_counter()
     specs = list(trainees)
     paths = tuple(dict.fromkeys(spec.block for spec in specs))
@@ -188,6 +194,12 @@ def measure_profile(
     capture_batch, gain = best_capture_batch(capture, images)
     activations = capture(images)
     exact = Capture(teacher, paths, images[:_CUT_IMAGES], torch.float32)
+    cuts = find_cuts(exact, images[:_CUT_IMAGES])
+    start = time.perf_counter()
+    suffixes = Suffixes(teacher, paths, images[:_CUT_IMAGES])
+    setup_s += time.perf_counter() - start
+    scored = score_images(val, images, teacher)
+    whole_teacher_s, suffix_costs = score_costs(teacher, suffixes, scored)
     return Profile(
         device=str(images.device),
         threads=torch.get_num_threads(),
@@ -196,10 +208,11 @@ def measure_profile(
         batch_size=config.batch_size,
         setup_s=setup_s,
         teacher_s=teacher_s,
-        whole_teacher_s=whole_teacher_s(teacher, images),
+        whole_teacher_s=whole_teacher_s,
+        suffixes=suffix_costs,
         capture_batch=capture_batch,
         capture_gain=gain,
-        cuts=find_cuts(exact, images[:_CUT_IMAGES]),
+        cuts=cuts,
         trainees=step_costs(teacher, specs, config, activations),
         disk=measure_disk(folder),
         duration_s=time.perf_counter() - started,
@@ -223,11 +236,17 @@ def merge_profiles(profiles: list[Profile]) -> Profile:
         steps = [profile.trainees[name].step_s for profile in profiles]
         fitting = [step for step in steps if step is not None]
         return StepCost(
-            init_s=mean(lambda p: p.trainees[name].init_s),
+            fixed_s=mean(lambda p: p.trainees[name].fixed_s),
             step_s=statistics.fmean(fitting) if len(fitting) == len(steps) else None,
             eval_s=mean(lambda p: p.trainees[name].eval_s),
             held_bytes=max(p.trainees[name].held_bytes for p in profiles),
             step_bytes=max(p.trainees[name].step_bytes for p in profiles),
+        )
+
+    def suffix(path: str) -> SuffixCost:
+        return SuffixCost(
+            before_s=mean(lambda p: p.suffixes[path].before_s),
+            suffix_s=mean(lambda p: p.suffixes[path].suffix_s),
         )
 
     return first.model_copy(
@@ -237,6 +256,7 @@ def merge_profiles(profiles: list[Profile]) -> Profile:
             "setup_s": mean(lambda p: p.setup_s),
             "teacher_s": {b: mean(lambda p, b=b: p.teacher_s[b]) for b in first.teacher_s},  # type: ignore[misc]
             "whole_teacher_s": mean(lambda p: p.whole_teacher_s),
+            "suffixes": {path: suffix(path) for path in first.suffixes},
             "trainees": {name: trainee(name) for name in first.trainees},
             "disk": DiskRates(
                 write=mean(lambda p: p.disk.write),

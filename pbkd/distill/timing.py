@@ -18,17 +18,22 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from pbkd.activations import Activation, Capture
+from pbkd.activations import Activation, Capture, Suffixes
+from pbkd.activations.suffix import FROM_IMAGES
 from pbkd.artifacts import FILE_HASH
 from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import DistillConfig
+from pbkd.data import Stream
 from pbkd.devices import is_out_of_memory
+from pbkd.distill.score import SCORE_BATCH
 from pbkd.distill.trainee import Trainee, TraineeSpec
 from pbkd.models import Classifier
 
 _MIN_SAMPLES, _MAX_SAMPLES, _ENOUGH_S = 3, 9, 0.1
 _DISK_SAMPLE_BYTES = 64 << 20
 _WRITE_BYTES, _ROW_BYTES = 4 << 20, 64 << 10
+_SLOW_PASS_S = 0.5
+_OTHER_BYTES = 32 << 20  # more than a core's share of the processor's caches
 _COPIES = 5  # weights, gradients, two moments, the best weights
 
 
@@ -36,7 +41,8 @@ class StepCost(BaseModel):
     """One candidate of one block.
 
     Attributes:
-        init_s: building it and inheriting weights, in seconds.
+        fixed_s: building it, inheriting weights, what its first step and validation take above
+            later ones, and writing it, in seconds.
         step_s: an optimizer step, in seconds per image; None: it does not fit into memory.
         eval_s: a validation batch, in seconds per image.
         held_bytes: while it trains: weights, optimizer, best weights, one batch's activations.
@@ -45,11 +51,25 @@ class StepCost(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    init_s: float
+    fixed_s: float
     step_s: float | None
     eval_s: float
     held_bytes: int
     step_bytes: int
+
+
+class SuffixCost(BaseModel):
+    """What the score of one block's candidates takes beside them, in seconds per image.
+
+    Attributes:
+        before_s: the teacher from the images to the start of the block's suffix.
+        suffix_s: from there to the logits, without the block itself.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    before_s: float
+    suffix_s: float
 
 
 class DiskRates(BaseModel):
@@ -60,6 +80,11 @@ class DiskRates(BaseModel):
     write: float
     verify: float
     read: float
+
+
+def warm_up() -> None:
+    """The first optimizer of a process imports seconds of torch: no job's time, and no plan's."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def measure_disk(folder: Path) -> DiskRates:
@@ -164,23 +189,37 @@ def _step_cost(
     start = time.perf_counter()
     module = build_candidate(spec.config, block).to(device)
     init_candidate(spec.config, module, block, activation.input.float())
-    init_s = time.perf_counter() - start
     module.requires_grad_(True)
     held_bytes = sum(tensor.nbytes for tensor in (activation.input, activation.output))
     held_bytes += _COPIES * sum(parameter.nbytes for parameter in module.parameters())
     eval_s, step_s, step_bytes = 0.0, None, 0
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(spec, module, config, 1000, Path(folder) / "history.jsonl")
+        fixed_s = time.perf_counter() - start
         try:
-            eval_s = _seconds(lambda: trainee.batch_loss(activation), device) / num
+            first_s = _first_s(trainee, activation)
+            eval_s = _seconds(lambda: trainee.batch_loss(activation), device, cold=True) / num
             step_bytes = _bytes_of_a_step(trainee, activation)
-            step_s = _seconds(lambda: trainee.step(activation), device) / num
+            step_s = _seconds(lambda: trainee.step(activation), device, cold=True) / num
+            fixed_s += max(0.0, first_s - (eval_s + step_s) * num)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+        start = time.perf_counter()
+        trainee.write(Path(folder))
+        fixed_s += time.perf_counter() - start
     return StepCost(
-        init_s=init_s, step_s=step_s, eval_s=eval_s, held_bytes=held_bytes, step_bytes=step_bytes
+        fixed_s=fixed_s, step_s=step_s, eval_s=eval_s, held_bytes=held_bytes, step_bytes=step_bytes
     )
+
+
+def _first_s(trainee: Trainee, activation: Activation) -> float:
+    """Seconds of the first validation and the first step, which prepare their kernels."""
+    start = time.perf_counter()
+    trainee.batch_loss(activation)
+    trainee.step(activation)
+    _synchronise(activation.input.device)
+    return time.perf_counter() - start
 
 
 def _bytes_of_a_step(trainee: Trainee, activation: Activation) -> int:
@@ -202,11 +241,18 @@ def _bytes_of_a_step(trainee: Trainee, activation: Activation) -> int:
     return 4 * (activation.input.numel() + activation.output.numel()) + sum(kept.values())
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call after a warm one; few samples of what is slow, more of what is fast."""
+def _seconds(function: Callable[[], object], device: torch.device, *, cold: bool = False) -> float:
+    """Median time of a call after a warm one; few samples of what is slow, more of what is fast.
+
+    Args:
+        cold: with other data in the processor's caches before each call, as other trainees and the
+            next batch leave them.
+    """
     function()
+    other = torch.zeros(_OTHER_BYTES if cold and device.type == "cpu" else 0, dtype=torch.uint8)
     samples: list[float] = []
     while len(samples) < _MIN_SAMPLES or (len(samples) < _MAX_SAMPLES and sum(samples) < _ENOUGH_S):
+        other.add_(1)
         _synchronise(device)
         start = time.perf_counter()
         function()
@@ -215,10 +261,63 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return statistics.median(samples)
 
 
-def whole_teacher_s(teacher: Classifier, images_nchw: Tensor) -> float:
-    """Seconds per image, to the logits."""
+def score_images(val: Stream, images_nchw: Tensor, teacher: Classifier) -> Tensor:
+    """A batch as a score runs it, or the given one where the teacher takes seconds for that."""
+    more = -(-SCORE_BATCH // len(images_nchw))
     with torch.no_grad():
-        return _seconds(lambda: teacher(images_nchw), images_nchw.device) / len(images_nchw)
+        time_s = _seconds(lambda: teacher(images_nchw), images_nchw.device)
+    if more == 1 or time_s * more > _SLOW_PASS_S:
+        return images_nchw
+    return val.plain(torch.arange(SCORE_BATCH) % len(val))
+
+
+def score_costs(
+    teacher: Classifier, suffixes: Suffixes, images_nchw: Tensor
+) -> tuple[float, dict[str, SuffixCost]]:
+    """Seconds per image of the whole teacher, and what the score of each block takes beside it."""
+    passes = [_marks_of_a_pass(teacher, suffixes, images_nchw) for _ in range(1 + _MIN_SAMPLES)]
+    passes = passes[1:]  # the first one prepares the kernels
+
+    def cost(path: str, start: str) -> SuffixCost:
+        before_s = 0.0
+        if start != FROM_IMAGES:
+            before_s = statistics.median(at[start][0] - at[FROM_IMAGES][0] for at in passes)
+        block_s = statistics.median(at[path][1] - at[path][0] for at in passes)
+        after_s = max(0.0, whole_s - before_s - block_s)
+        return SuffixCost(before_s=before_s / num, suffix_s=after_s / num)
+
+    num = len(images_nchw)
+    whole_s = statistics.median(at[FROM_IMAGES][1] - at[FROM_IMAGES][0] for at in passes)
+    return whole_s / num, {path: cost(path, start) for path, start in suffixes.starts.items()}
+
+
+_Marks = dict[str, list[float]]
+"""Module to the times at which its first call began and its last one ended; FROM_IMAGES: all."""
+
+
+@torch.no_grad()
+def _marks_of_a_pass(teacher: Classifier, suffixes: Suffixes, images_nchw: Tensor) -> _Marks:
+    marks: _Marks = {}
+
+    def begin(path: str) -> None:
+        _synchronise(images_nchw.device)
+        marks.setdefault(path, [time.perf_counter()] * 2)
+
+    def end(path: str) -> None:
+        _synchronise(images_nchw.device)
+        marks[path][1] = time.perf_counter()
+
+    with ExitStack() as hooks:
+        for path in {*suffixes.starts, *suffixes.starts.values()} - {FROM_IMAGES}:
+            module = teacher.net.get_submodule(path)
+            before = module.register_forward_pre_hook(lambda *_, path=path: begin(path))
+            after = module.register_forward_hook(lambda *_, path=path: end(path))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        begin(FROM_IMAGES)
+        teacher(images_nchw)
+        end(FROM_IMAGES)
+    return marks
 
 
 def free_memory(device: torch.device) -> int:

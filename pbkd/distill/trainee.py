@@ -107,7 +107,8 @@ class TraineeResult(BaseModel):
 
     Attributes:
         started_at, finished_at: seconds since 1970.
-        stopped: why training ended: all epochs, no better validation loss, or a loss not finite.
+        stopped: why training ended: all epochs, no better validation loss, a loss not finite, or
+            nothing to train.
         best_epoch: epoch of the kept weights; -1: the inherited ones, before any step.
         initial_val_loss, best_val_loss: null where they were not finite.
     """
@@ -179,6 +180,7 @@ class Trainee:
         self.config = config
         self.loss = LOSSES[config.loss]
         self._norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        self._learns = any(True for _ in module.parameters())  # an identity has none
         self.optimizer = _optimizer(config, module)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
         self.progress = progress
@@ -204,8 +206,9 @@ class Trainee:
         for norm in self._norms:
             norm.train()
         loss = self._loss(activation)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self._learns:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.schedule.step()
         self._losses.append(loss.detach())
@@ -232,6 +235,8 @@ class Trainee:
             self._diverged(train_loss, val_loss)
         elif val_loss < self._best.loss:
             self._better(val_loss)
+        if self.active and not self._learns:
+            self.stopped, self.message = "fixed", "it has no parameters to train"
         patience = self.config.patience
         if self.active and self._epoch >= self._plateau_since + patience:
             self.stopped, self.message = "plateau", f"no better loss for {patience} epochs"
@@ -305,7 +310,9 @@ def _finite(value: float | None) -> float | None:
 
 
 def _optimizer(config: DistillConfig, module: nn.Module) -> torch.optim.Optimizer:
-    parameters, decay = module.parameters(), config.weight_decay
+    # an optimizer refuses to be without any
+    parameters = [*module.parameters()] or [nn.Parameter(torch.zeros(0))]
+    decay = config.weight_decay
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=config.lr, weight_decay=decay)
     # fused: one kernel for all parameters; a third of the time on the CPU

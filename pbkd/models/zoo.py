@@ -109,6 +109,8 @@ def check_name(name: str) -> None:
                 "Python path"
             )
         return
+    if name in _OWN:  # torchvision, which takes a second to import, need not be asked
+        return
     known = network_names()
     if name in known:
         return

@@ -26,6 +26,8 @@ class BlockCost:
         is_cut: whether the teacher can go on from this block's input alone: nothing that comes
             later depends on earlier results by another way, such as a skip around the block.
         has_input, has_output, has_cut: whether the cache holds them already.
+        before_score_s: the teacher before the suffix of this block, for all images of the score: a
+            job runs it once, up to its last block.
     """
 
     path: str
@@ -44,6 +46,7 @@ class BlockCost:
     has_input: bool = False
     has_output: bool = False
     has_cut: bool = False
+    before_score_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Cutting the line of trainees into jobs, given what can be read from a cache.
 
 A job is a stretch ``[first, end)`` of the line. Fed by a relay it costs ``job_s + teacher up to its
-last block + gain of its best start + own``, where the gain, at most 0, is what a cached start
-spares; it depends on the first block alone. Fed by a cache it costs ``job_s + reads + own``. Both
-are a term of the end plus a term of the beginning, and the stretches that keep to a cap are
-windows that only move forward: so the cheapest cut is found in one sweep.
+last block, to train and to score + gain of its best start + own``, where the gain, at most 0, is
+what a cached start spares; it depends on the first block alone. Fed by a cache it costs ``job_s +
+teacher up to its last block, to score + reads + own``. Both are a term of the end plus a term of
+the beginning, and the stretches that keep to a cap are windows that only move forward: so the
+cheapest cut is found in one sweep.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def price(line: Line, levels: Levels, allowed: Literal["auto", "cache", "relay"]
     for end, block_index in enumerate(line.block_of, start=1):
         cached_first.append(cached_first[-1] if readable[block_index] else end)
     job_s = line.limits.job_s
-    ends = list(zip(line.block_of, line.own_to[1:], strict=True))
+    own = [own + line.score_to[b] for b, own in zip(line.block_of, line.own_to[1:], strict=True)]
+    ends = list(zip(line.block_of, own, strict=True))
     firsts = list(zip(line.block_of, line.own_to[:-1], strict=True))
     return Prices(
         line=line,

@@ -199,6 +199,7 @@ def _work(line: Line, levels: Levels, groups: Sequence[Group]) -> Work:
     for group in groups:
         own_s += line.own_to[group.end] - line.own_to[group.first]
         numbers = sorted(set(line.block_of[group.first : group.end]))
+        teacher_s += line.score_to[numbers[-1]]
         if group.source == "cache":
             blocks = [line.blocks[number] for number in numbers]
             read_s += sum(block.read_input_s + block.read_output_s for block in blocks)

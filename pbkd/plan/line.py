@@ -34,6 +34,7 @@ class Line:
         memory_first: (n + 1,), the first trainee that a job may begin with that ends before j:
             what fits into memory, or one trainee at least.
         teacher_to: (B + 1,), the teacher's seconds before each block.
+        score_to: (B,), of the teacher's pass for the scores of a job that ends with each block.
         has_trainees: (B,).
     """
 
@@ -45,6 +46,7 @@ class Line:
     memory_to: tuple[int, ...]
     memory_first: tuple[int, ...]
     teacher_to: tuple[float, ...]
+    score_to: tuple[float, ...]
     has_trainees: tuple[bool, ...]
 
     @property
@@ -71,6 +73,7 @@ def make_line(blocks: Sequence[BlockCost], trainees: Sequence[TraineeCost], limi
         memory_to=memory_to,
         memory_first=_memory_first(memory_to, limits.memory_bytes),
         teacher_to=tuple(accumulate((block.teacher_s for block in blocks), initial=0.0)),
+        score_to=tuple(accumulate((block.before_score_s for block in blocks), max)),
         has_trainees=tuple(number in with_trainees for number in range(len(blocks))),
     )
 

@@ -1,11 +1,13 @@
 """Figures as records, tables, pictures and a page."""
 
+from pbkd.report.family import final_table, summary_sentence
 from pbkd.report.page import ReportInputs, render
 from pbkd.report.results import (
     MEASURED,
     METRICS,
     REGISTERED,
     REPORT,
+    BaselineSeconds,
     BlockPhase,
     JobFigures,
     LatencyFigures,
@@ -22,9 +24,7 @@ from pbkd.report.results import (
 from pbkd.report.tables import (
     Table,
     block_phase_sentence,
-    final_table,
     stage_table,
-    summary_sentence,
 )
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "METRICS",
     "REGISTERED",
     "REPORT",
+    "BaselineSeconds",
     "BlockPhase",
     "JobFigures",
     "LatencyFigures",

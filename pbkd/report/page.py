@@ -9,7 +9,16 @@ import yaml
 
 from pbkd._version import __version__
 from pbkd.config import Params
-from pbkd.report import plots
+from pbkd.report import pareto, plots
+from pbkd.report.baselines import baseline_sentences, baseline_table
+from pbkd.report.budgets import budget_table, damage_table, machine_sentence
+from pbkd.report.choices import candidate_table, choice_matrix, choice_table
+from pbkd.report.family import (
+    MAX_COLUMNS,
+    accuracy_table,
+    final_table,
+    summary_sentence,
+)
 from pbkd.report.results import (
     BlockPhase,
     MachineFigures,
@@ -19,13 +28,10 @@ from pbkd.report.results import (
 )
 from pbkd.report.tables import (
     Table,
-    accuracy_table,
     block_phase_sentence,
     energy_sentences,
-    final_table,
     job_table,
     stage_table,
-    summary_sentence,
 )
 from pbkd.report.template import fill
 from pbkd.students import Choice
@@ -60,20 +66,37 @@ def render(inputs: ReportInputs) -> str:
     """
     metrics, measured, trainees = inputs.metrics, inputs.measured, inputs.trainees
     phase = measured.block_phase
+    choices = {name: inputs.choices[name] for name in metrics.by_size}
+    pictures = pareto.pictures(metrics, measured, inputs.network)
+    num_models = 1 + len(metrics.students) + sum(map(len, metrics.baselines.values()))
     return fill(
         "page.html",
         network=inputs.network,
         summary=summary_sentence(metrics, measured, inputs.network),
+        num_students=len(metrics.students),
         num_blocks=len({trainee.block for trainee in trainees}),
         num_trainees=len(trainees),
         max_damage=inputs.max_damage,
+        repair=inputs.params.stitch.repair,
         finetuned=inputs.params.finetune.epochs > 0,
         final=final_table(metrics, measured),
+        as_rows=len(metrics.students) > MAX_COLUMNS,
         latency=measured.latency["teacher"],
-        accuracy_by_size=plots.accuracy_by_size(metrics, inputs.network),
-        accuracy=accuracy_table(metrics),
-        blocks=block_table(inputs.choices, trainees),
+        repeats=_repeats(measured),
+        pictures=pictures,
+        are_small=num_models <= pareto.FEW,
+        are_all_named=num_models <= pareto.MANY,
+        marks=pareto.keys(metrics),
+        accuracy=accuracy_table(metrics, measured),
+        baselines=baseline_table(metrics, measured),
+        against_baselines=baseline_sentences(metrics),
+        budgets=budget_table(metrics, measured),
+        whole_damages=damage_table(metrics),
+        machine_dependence=machine_sentence(metrics, inputs.params.stitch),
+        blocks=choice_table(next(iter(choices.values())), trainees),
+        matrix=choice_matrix(choices) if len(choices) > 1 else None,
         keys=plots.candidate_keys(trainees),
+        candidates=candidate_table(trainees),
         damages=plots.damages(trainees, _chosen(inputs.choices), inputs.max_damage),
         loss=inputs.params.distill.loss,
         curves=plots.loss_curves(trainees),
@@ -86,29 +109,6 @@ def render(inputs: ReportInputs) -> str:
         settings=_settings(inputs.params),
         machine=machine_table(measured.machine, measured.date),
     )
-
-
-def block_table(
-    choices: Mapping[str, Sequence[Choice]], trainees: Sequence[TraineeFigures]
-) -> Table:
-    """Per student and block: what stands there now, at which damage, and why."""
-    dropped = {(t.block, t.candidate): t.damage.accuracy_drop for t in trainees}
-    rows = []
-    for student, entries in choices.items():
-        for choice in entries:
-            drop = dropped.get((choice.block, choice.candidate or ""))
-            rows.append(
-                (
-                    choice.block,
-                    student,
-                    choice.candidate or "teacher's own",
-                    "not finite" if choice.damage_kl is None else f"{choice.damage_kl:.4f}",
-                    "" if drop is None else f"{100 * drop:.2f}",
-                    choice.reason,
-                )
-            )
-    heads = ("block", "student", "chosen", "damage (nats)", "accuracy lost (points)", "why")
-    return Table("What was chosen", heads, tuple(rows))
 
 
 def prediction_note(
@@ -143,6 +143,16 @@ def machine_table(machine: MachineFigures, date: str) -> Table:
         ("PyTorch", machine.torch),
     )
     return Table("Machine and versions", ("", "value"), rows)
+
+
+def _repeats(measured: Measured) -> list[str]:
+    """Per batch size: from how many passes a median comes; least and most of all models."""
+    texts = []
+    for entries in zip(*measured.latency.values(), strict=True):
+        counts = [entry.repeats for entry in entries]
+        low, high = min(counts), max(counts)
+        texts.append(str(low) if low == high else f"{low} to {high}")
+    return texts
 
 
 def _chosen(choices: Mapping[str, Sequence[Choice]]) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pbkd.distill import Profile
 from pbkd.plan import Plan, PlannedJob
 from pbkd.report import plan_plots
-from pbkd.report.plots import size_text
+from pbkd.report.numbers import size_text
 from pbkd.report.tables import Table, counted, duration_text
 from pbkd.report.template import fill
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from pbkd.report.results import BlockPhase, Metrics, TraineeFigures
+from pbkd.report.results import BlockPhase, TraineeFigures
 from pbkd.report.svg import (
     INK,
     SeriesStyle,
@@ -18,37 +18,6 @@ from pbkd.report.svg import (
 
 GANTT_WIDTH = 7.5  # inches
 _CHARACTER = 0.6  # width of a digit over the height of its font
-
-
-def accuracy_by_size(metrics: Metrics, network: str) -> str:
-    """Test accuracy against file size: the teacher and every student, by name."""
-    figure, axes = new_figure(5, 3)
-    models = {f"{network} (teacher)": metrics.teacher, **metrics.students}
-    by_size = sorted(models.items(), key=lambda item: item[1].file_bytes)
-    sizes = [model.file_bytes for _, model in by_size]
-    for index, (name, model) in enumerate(by_size):
-        style = series_style(0 if model is metrics.teacher else 1)
-        point = (model.file_bytes, 100 * model.test_accuracy)
-        axes.plot(*point, color=style.colour, marker=style.marker, markersize=9)
-        above = index % 2 == 0  # neighbours may be close
-        axes.annotate(
-            literal(name),
-            point,
-            xytext=(0, 9 if above else -9),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-        )
-    axes.margins(y=0.25)
-    axes.yaxis.get_major_formatter().set_useOffset(False)
-    axes.set_ylabel("test accuracy (%)")
-    set_log_scale(axes, "x", (sizes[0] / 2, sizes[-1] * 2), size_text)
-    axes.set_xlabel("file size (logarithmic)")
-    named = ", ".join(
-        f"{name} {size_text(model.file_bytes)}, {model.test_accuracy:.1%}"
-        for name, model in by_size
-    )
-    return svg_of(figure, f"Test accuracy against file size: {named}")
 
 
 def damages(
@@ -194,14 +163,6 @@ def add_bar(
             span[0] + span[1] / 2, row[0] + row[1] / 2, literal(label), fontsize=8,
             ha="center", va="center_baseline", color=INK,
         )  # fmt: skip
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes with the decimal unit that reads best."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.3g} B"
 
 
 def _styles(trainees: Sequence[TraineeFigures]) -> dict[str, SeriesStyle]:

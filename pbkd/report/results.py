@@ -26,7 +26,7 @@ class _Record(BaseModel):
 
 
 class ModelFigures(_Record):
-    """Figures of a teacher.
+    """Figures of a teacher, or of a baseline.
 
     Attributes:
         val_accuracy, test_accuracy: 0 to 1.
@@ -40,28 +40,64 @@ class ModelFigures(_Record):
     macs: int
     file_bytes: int
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The fields that are plain numbers, by name."""
+        return {
+            name: float(value)
+            for name, value in self.model_dump().items()
+            if isinstance(value, int | float)
+        }
+
 
 class StudentFigures(ModelFigures):
     """Figures of a student; accuracies after each step are on the validation split.
 
     Attributes:
+        limits: figure (parameters, macs, bytes, latency) to its limit; latency in milliseconds.
+        predicted: sums over the chosen candidates: parameters, macs, bytes, latency_ms (null:
+            not limited).
+        stitched: parameters, macs and bytes of the stitched model, before anything shrank it.
+        predicted_damage: sum of the chosen candidates' damage, nats.
+        stitched_damage: KL(teacher || stitched student), nats; null where it is not finite.
         bytes_ratio: the teacher's file bytes over the student's.
         blocks_replaced, blocks_total: candidates in place, of the blocks that had one.
     """
 
     stitched_val_accuracy: float
     recalibrated_val_accuracy: float
+    repaired_val_accuracy: float
     finetuned_val_accuracy: float
+    limits: dict[str, float]
+    predicted: dict[str, float | None]
+    stitched: dict[str, float]
+    predicted_damage: float
+    stitched_damage: float | None
     bytes_ratio: float
     blocks_replaced: int
     blocks_total: int
 
 
+BASELINES = {"scratch": "from scratch", "distill": "distilled whole"}
+"""How the report calls the kinds of baselines."""
+
+
 class Metrics(_Record):
-    """``metrics.json``."""
+    """``metrics.json``.
+
+    Attributes:
+        baselines: student, then kind (scratch, distill) to the figures of a baseline.
+    """
 
     teacher: ModelFigures
     students: dict[str, StudentFigures]
+    baselines: dict[str, dict[str, ModelFigures]] = {}
+
+    @property
+    def by_size(self) -> dict[str, StudentFigures]:
+        """The students, largest file first."""
+        ordered = sorted(self.students.items(), key=lambda item: (-item[1].file_bytes, item[0]))
+        return dict(ordered)
 
 
 class LatencyFigures(_Record):
@@ -122,6 +158,7 @@ class BlockPhase(_Record):
         wall_s: from the first job's start to the last one's end, seconds.
         predicted_s: the plan's ``wall_s``, all epochs counted; null in files of older versions.
         jobs_s: all jobs' seconds on their workers, added up.
+        score_s: of ``jobs_s``, what scoring the damages took; null in files of older versions.
         speedup: ``jobs_s / wall_s``.
         energy_j: of all counted devices over ``wall_s``; null where nothing could be read.
     """
@@ -133,6 +170,7 @@ class BlockPhase(_Record):
     speedup: float
     energy_j: float | None
     predicted_s: float | None = None
+    score_s: float | None = None
     jobs: tuple[JobFigures, ...] = ()
 
     @property
@@ -154,11 +192,26 @@ class TraineeFigures(_Record):
     val_losses: tuple[tuple[int, float], ...]
 
 
-class Measured(_Record):
-    """``measured.json``: ``latency`` maps a model (teacher or student) to figures by batch size.
+class BaselineSeconds(_Record):
+    """Device seconds of a baseline: those that it was given, and those that it used."""
 
-    ``stages`` lacks those of which this machine has no record; ``block_phase`` is null where no
-    block was ever trained here.
+    given_s: float
+    used_s: float
+
+
+class Measured(_Record):
+    """``measured.json``.
+
+    Attributes:
+        date: when the latency was measured.
+        latency: model (teacher or student) to figures by batch size; a baseline has its student's.
+        stages: lacks those of which this machine has no record.
+        block_phase: null where no block was ever trained here.
+        device_s: student to the device seconds that it took: its share of the block phase, repair
+            and fine-tuning.
+        baselines: student, then kind to the device seconds of a baseline.
+        stitched_latency_ms: student to the latency that ``stitch`` measured of it, where it was
+            limited.
     """
 
     machine: MachineFigures
@@ -166,6 +219,9 @@ class Measured(_Record):
     latency: dict[str, tuple[LatencyFigures, ...]]
     stages: dict[str, StageFigures]
     block_phase: BlockPhase | None
+    device_s: dict[str, float] = {}
+    baselines: dict[str, dict[str, BaselineSeconds]] = {}
+    stitched_latency_ms: dict[str, float] = {}
 
 
 def read_metrics(results: Path) -> Metrics:

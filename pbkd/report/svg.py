@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -74,12 +75,24 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def set_log_scale(
-    axes: Any, which: Literal["x", "y"], limits: tuple[float, float], text: Callable[[float], str]
+    axes: Any,
+    which: Literal["x", "y"],
+    limits: tuple[float, float],
+    text: Callable[[float], str],
+    min_gap: float = 0.0,
 ) -> None:
-    """Make one axis logarithmic, between two positive limits, with round ticks."""
+    """Make one axis logarithmic, between two positive limits, with round ticks.
+
+    Args:
+        min_gap: ticks are at least so far apart, as a share of the axis.
+    """
     axes.set(**{f"{which}scale": "log", f"{which}lim": limits})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    ticks = log_ticks(*limits)
+    decades = math.log10(limits[1] / limits[0])
+    ticks: list[float] = []
+    for tick in log_ticks(*limits):
+        if not ticks or math.log10(tick / ticks[-1]) >= min_gap * decades:
+            ticks.append(tick)
     axis.set_ticks([], minor=True)
     axis.set_ticks(ticks, [text(tick) for tick in ticks])
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pbkd.blocks import Discovery
-from pbkd.report.results import BlockPhase, Measured, Metrics, ModelFigures
+from pbkd.report.results import BlockPhase, Measured
 
 NOT_MEASURED = "not measured"
 NOT_PREDICTED = "not predicted"
@@ -19,67 +18,6 @@ class Table:
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-def summary_sentence(metrics: Metrics, measured: Measured, network: str = "The teacher") -> str:
-    """One sentence for the smallest student: size, speed and accuracy against the teacher's.
-
-    The speed is told for the smallest and the largest batch that was measured.
-    """
-    name, student = min(metrics.students.items(), key=lambda item: item[1].file_bytes)
-    share = student.file_bytes / metrics.teacher.file_bytes
-    points = 100 * (student.test_accuracy - metrics.teacher.test_accuracy)
-    which = f" (student {name})" if len(metrics.students) > 1 else ""
-    pairs = list(zip(measured.latency["teacher"], measured.latency[name], strict=True))
-    pairs.sort(key=lambda pair: pair[0].batch_size)
-    speeds = [
-        f"{_faster(teacher.median_ms / own.median_ms)} at batch {own.batch_size}"
-        for teacher, own in (pairs if len(pairs) < 2 else (pairs[0], pairs[-1]))
-    ]
-    speed = f"{' and '.join(speeds)}, " if speeds else ""
-    lead = f"{network} at {share:.0%} of its bytes{which}"
-    return f"{lead}, {speed}{points:+.1f} points of test accuracy."
-
-
-def final_table(metrics: Metrics, measured: Measured) -> Table:
-    """Teacher against students, a column each; ratios are to the teacher."""
-    teacher = metrics.teacher
-    students = metrics.students
-    rows = [
-        ("accuracy (test)", *_each(metrics, lambda m: f"{m.test_accuracy:.2%}")),
-        ("accuracy (validation)", *_each(metrics, lambda m: f"{m.val_accuracy:.2%}")),
-        (
-            "parameters",
-            *_with_ratio(teacher.num_parameters, [s.num_parameters for s in students.values()]),
-        ),
-        ("MACs per image", *_with_ratio(teacher.macs, [s.macs for s in students.values()])),
-        ("file bytes", *_with_ratio(teacher.file_bytes, [s.file_bytes for s in students.values()])),
-    ]
-    for index, entry in enumerate(measured.latency["teacher"]):
-        baseline = entry.median_ms
-        cells = [f"{baseline:.2f}"]
-        for name in students:
-            median = measured.latency[name][index].median_ms
-            cells.append(f"{median:.2f} ({_faster(baseline / median)})")
-        rows.append((f"latency, batch {entry.batch_size} (ms)", *cells))
-    return Table("Teacher and students", ("", "teacher", *students), tuple(rows))
-
-
-def accuracy_table(metrics: Metrics) -> Table:
-    """How each student's validation accuracy came about."""
-    rows = [
-        (
-            name,
-            f"{student.blocks_replaced} of {student.blocks_total}",
-            f"{student.stitched_val_accuracy:.2%}",
-            f"{student.recalibrated_val_accuracy:.2%}",
-            f"{student.finetuned_val_accuracy:.2%}",
-            f"{metrics.teacher.val_accuracy:.2%}",
-        )
-        for name, student in metrics.students.items()
-    ]
-    heads = ("student", "blocks replaced", "stitched", "recalibrated", "fine-tuned", "teacher")
-    return Table("Validation accuracy, step by step", heads, tuple(rows))
 
 
 def stage_table(measured: Measured) -> Table:
@@ -174,7 +112,7 @@ def block_phase_sentence(measured: Measured) -> str:
     return (
         f"Block phase: {counted(phase.num_jobs, 'job')} on "
         f"{counted(phase.num_workers, 'worker')}, {phase.wall_s:.1f} s{_predicted(phase)}; "
-        f"{phase.jobs_s:.1f} s of work, speed-up {phase.speedup:.2f}; energy "
+        f"{phase.jobs_s:.1f} s of work{_scoring(phase)}, speed-up {phase.speedup:.2f}; energy "
         f"{NOT_MEASURED if phase.energy_j is None else joules_text(phase.energy_j) + ' J'}."
     )
 
@@ -203,6 +141,12 @@ def _predicted(phase: BlockPhase) -> str:
     return f", predicted {phase.predicted_s:.1f} s ({off if percent else 'as it took'})"
 
 
+def _scoring(phase: BlockPhase) -> str:
+    if phase.score_s is None or not phase.jobs_s:
+        return ""
+    return f" ({phase.score_s / phase.jobs_s:.1%} of it scored the candidates)"
+
+
 def joules_text(energy_j: float | None) -> str:
     """Joules without their unit; a figure that is absent is said to be."""
     if energy_j is None:
@@ -219,26 +163,6 @@ def _what_counts(device: str) -> str:
     if device.startswith("gpu"):
         return "the whole GPU, by NVML's energy counter or power samples"
     return "the processor package with its cores and caches, by RAPL"
-
-
-def _faster(speed: float) -> str:
-    if 0.995 < speed < 1.005:
-        return "as fast"
-    return f"{speed:.2f}x faster" if speed > 1 else f"{1 / speed:.2f}x slower"
-
-
-def _each(metrics: Metrics, text: Callable[[ModelFigures], str]) -> list[str]:
-    return [text(metrics.teacher), *(text(student) for student in metrics.students.values())]
-
-
-def _with_ratio(teacher: int, students: list[int]) -> list[str]:
-    return [f"{teacher:,}", *(f"{value:,} ({_less(teacher / value)})" for value in students)]
-
-
-def _less(ratio: float) -> str:
-    if 0.995 < ratio < 1.005:
-        return "the same"
-    return f"{ratio:.1f}x less" if ratio > 1 else f"{1 / ratio:.1f}x more"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

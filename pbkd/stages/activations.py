@@ -153,7 +153,7 @@ def fill_jobs(
         FillJob(
             sides=tuple(missing),
             cuts=settled.cuts,
-            activations=settled.config,
+            activations=subject.cached,
             seed=settled.seed,
             capture_batch=profile.capture_batch if profile else _CAPTURE_BATCH,
             teacher=workspace.artifacts("teacher"),

@@ -26,8 +26,10 @@ from pbkd.distill import (
 from pbkd.distill.costs import teacher_score_s
 from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import RESULT
+from pbkd.errors import ArtifactError
 from pbkd.plan import Plan, PlannedJob
 from pbkd.stages.activations import Settled, adopt_cache, read_settled
+from pbkd.stages.budgets import check_budgets
 from pbkd.stages.context import StageContext
 from pbkd.stages.planning import Subject, plan_of, profiled_here
 
@@ -95,7 +97,9 @@ def start(context: StageContext) -> Subject:
 
     Raises:
         ArtifactError: an earlier stage has not run.
+        BudgetError: no choice of candidates can keep to a student's limits.
     """
+    check_budgets(context)
     workspace, store = context.workspace, context.workspace.store
     output = workspace.artifacts("distill")
     for kind in (TRAINEES, SCORES):
@@ -113,8 +117,13 @@ def plan_distill(
     profile: Profile,
     num_workers: int,
 ) -> DistillPlan:
-    """Jobs for what is left, from measured costs and from what the cache holds."""
+    """Jobs for what is left, from measured costs and from what the cache holds.
+
+    Raises:
+        ArtifactError: the cache lacks a view that an epoch shows.
+    """
     settled, store = read_settled(context.workspace), context.workspace.store
+    _check_cache(settled, subject, store)
     trained = {trainee.name for trainee in todo} - {t.name for t in subject.untrained(store)}
     plan = plan_of(
         subject,
@@ -129,9 +138,19 @@ def plan_distill(
     if plan.too_large:
         _log.warning("too large for the memory that is free: %s", ", ".join(plan.too_large))
     by_name = {trainee.name: trainee for trainee in todo}
-    specs = [_job_spec(context, settled, job, by_name) for job in plan.jobs]
+    specs = [_job_spec(context, subject, settled, job, by_name) for job in plan.jobs]
     score_s = teacher_score_s(profile, subject.distill, subject.num_images["val"])
     return DistillPlan(tuple(subject.trainees), tuple(specs), plan, score_s)
+
+
+def _check_cache(settled: Settled, subject: Subject, store: Store) -> None:
+    for side in settled.sides:
+        if not subject.holds(store, side, settled.cuts):
+            raise ArtifactError(
+                f"the cache of activations lacks the {side[1]} of block {side[0]} in one of the "
+                f"{subject.cached.views} views of {subject.distill.epochs} epochs; run: pbkd "
+                "activations"
+            )
 
 
 def read_trainee(store: Store, trainee: TraineeSpec) -> Distilled:
@@ -158,6 +177,9 @@ def finish_distill(context: StageContext, plan: DistillPlan, reports: list[JobRe
                 link_tree(store.path(kind, key), folder / kind / key)
         distilled = [read_trainee(store, trainee) for trainee in plan.trainees]
         write_json(folder / "distill.json", [item.model_dump(mode="json") for item in distilled])
+    if duration_s := sum(report.duration_s for report in reports):
+        score_s = sum(report.score_s for report in reports)
+        _log.info("scores took %.1f s, %.0f %%", score_s, 100 * score_s / duration_s)
     trained = [name for report in reports for name in report.trained]
     reused = len(plan.trainees) - len(trained)
     _log.info("trained %s; %d taken from the store", ", ".join(trained) or "nothing", reused)
@@ -171,6 +193,7 @@ def read_distilled(workspace: Workspace) -> list[Distilled]:
 
 def _job_spec(
     context: StageContext,
+    subject: Subject,
     settled: Settled,
     job: PlannedJob,
     trainees: dict[str, TraineeSpec],
@@ -183,7 +206,7 @@ def _job_spec(
         start=job.start,
         cuts=settled.cuts,
         activations=settled.config,
-        distill=context.params.distill,
+        distill=subject.distill,
         seed=settled.seed,
         teacher=workspace.artifacts("teacher"),
         prepared=workspace.prepared,

@@ -1,11 +1,11 @@
-"""Stage `evaluate`: measure teacher and students; the only reader of the test split."""
+"""Stage `evaluate`: measure teacher, students and baselines; the only reader of the test split."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from pbkd.report import (
     MEASURED,
     METRICS,
     REPORT,
+    BaselineSeconds,
     BlockPhase,
     LatencyFigures,
     MachineFigures,
@@ -35,12 +36,20 @@ from pbkd.report import (
     TraineeFigures,
     render,
 )
+from pbkd.report.results import BASELINES
 from pbkd.stages.context import StageContext, stage_records, student_folders
+from pbkd.stages.device_time import student_device_s
 from pbkd.stages.distill import Distilled, read_distilled
-from pbkd.stages.stitch import read_stitched
+from pbkd.stages.stitch import Stitched, read_stitched
 from pbkd.students import load_model
+from pbkd.students.baseline import Baseline
+from pbkd.students.finetune import Finetuned
 
 _log = logging.getLogger(__name__)
+
+
+FEW_PASSES = 5
+"""A median of fewer passes is told in the log."""
 
 
 def run(context: StageContext) -> None:
@@ -48,13 +57,47 @@ def run(context: StageContext) -> None:
     workspace = context.workspace
     folders = model_folders(workspace)
     models = {name: load_model(folder, allow_code=True) for name, folder in folders.items()}
-    metrics = _metrics(context, folders, models)
-    measured = _measured(context, models)
+    finished = {
+        name: FinishedStudent.read(workspace, name) for name in folders if name != "teacher"
+    }
+    metrics = _metrics(context, folders, models, finished)
+    measured = _measured(context, models, finished)
     results = workspace.results
     write_json(results / METRICS, metrics)
     write_json(results / MEASURED, measured)
     with atomic_path(results / REPORT) as temporary:
-        temporary.write_text(_report(context, metrics, measured))
+        temporary.write_text(_report(context, metrics, measured, finished))
+
+
+@dataclass(frozen=True)
+class FinishedStudent:
+    """What the earlier stages say of a student.
+
+    Attributes:
+        baselines: kind to record.
+        folder: of the fine-tuned student; baselines are below it.
+    """
+
+    stitched: Stitched
+    finetuned: Finetuned
+    baselines: dict[str, Baseline]
+    folder: Path
+
+    @classmethod
+    def read(cls, workspace: Workspace, name: str) -> FinishedStudent:
+        """ArtifactError where a record is missing."""
+        folder = workspace.artifacts("finetune") / name
+        paths = {kind: folder / f"baseline-{kind}" / "baseline.json" for kind in BASELINES}
+        return cls(
+            stitched=read_stitched(workspace, name),
+            finetuned=Finetuned.model_validate(read_json(folder / "finetune.json")),
+            baselines={
+                kind: Baseline.model_validate(read_json(path))
+                for kind, path in paths.items()
+                if path.is_file()
+            },
+            folder=folder,
+        )
 
 
 def model_folders(workspace: Workspace) -> dict[str, Path]:
@@ -79,14 +122,21 @@ def _metrics(
     context: StageContext,
     folders: dict[str, Path],
     models: dict[str, tuple[Classifier, ModelCard]],
+    finished: dict[str, FinishedStudent],
 ) -> Metrics:
     figures = {name: _figures(context, model, folders[name]) for name, (model, _) in models.items()}
     teacher = figures.pop("teacher")
-    students = {
-        name: _student_figures(context.workspace, name, own, teacher)
-        for name, own in figures.items()
-    }
-    return Metrics(teacher=teacher, students=students)
+    return Metrics(
+        teacher=teacher,
+        students={
+            name: _student_figures(finished[name], own, teacher) for name, own in figures.items()
+        },
+        baselines={
+            name: _baselines(context, student)
+            for name, student in finished.items()
+            if student.baselines
+        },
+    )
 
 
 def _figures(context: StageContext, model: Classifier, folder: Path) -> ModelFigures:
@@ -108,16 +158,31 @@ def _figures(context: StageContext, model: Classifier, folder: Path) -> ModelFig
     )
 
 
+def _baselines(context: StageContext, student: FinishedStudent) -> dict[str, ModelFigures]:
+    figures = {}
+    for kind in student.baselines:
+        folder = student.folder / f"baseline-{kind}"
+        model, _ = load_model(folder, allow_code=True)
+        figures[kind] = _figures(context, model, folder)
+    return figures
+
+
 def _student_figures(
-    workspace: Workspace, name: str, own: ModelFigures, teacher: ModelFigures
+    finished: FinishedStudent, own: ModelFigures, teacher: ModelFigures
 ) -> StudentFigures:
-    stitched = read_stitched(workspace, name)
-    finetuned = read_json(workspace.artifacts("finetune") / name / "finetune.json")
+    stitched = finished.stitched
     return StudentFigures(
         **own.model_dump(),
         stitched_val_accuracy=stitched.stitched_val_accuracy,
         recalibrated_val_accuracy=stitched.recalibrated_val_accuracy,
-        finetuned_val_accuracy=finetuned["val_accuracy"],
+        repaired_val_accuracy=stitched.repaired_val_accuracy,
+        finetuned_val_accuracy=finished.finetuned.val_accuracy,
+        limits=stitched.limits,
+        predicted=stitched.predicted.model_dump(),
+        # without the latency: what a clock says is no part of these figures
+        stitched=stitched.measured.model_dump(exclude={"latency_ms"}),
+        predicted_damage=stitched.predicted_damage,
+        stitched_damage=stitched.damage,
         bytes_ratio=teacher.file_bytes / own.file_bytes,
         blocks_replaced=sum(choice.candidate is not None for choice in stitched.choices),
         blocks_total=len(stitched.choices),
@@ -127,7 +192,11 @@ def _student_figures(
 # ---------------------------------------------------------------- measurements
 
 
-def _measured(context: StageContext, models: dict[str, tuple[Classifier, ModelCard]]) -> Measured:
+def _measured(
+    context: StageContext,
+    models: dict[str, tuple[Classifier, ModelCard]],
+    finished: dict[str, FinishedStudent],
+) -> Measured:
     """Latency is kept by machine and models; the rest comes from this machine's records."""
     config, workspace = context.params.evaluate, context.workspace
     machine = this_machine()
@@ -135,7 +204,7 @@ def _measured(context: StageContext, models: dict[str, tuple[Classifier, ModelCa
     key = digest_of({"models": digests, "config": config})
     kept = _kept(workspace) / machine.machine_id / f"{key}.json"
     if not kept.is_file():
-        write_json(kept, {"date": _today(), "latency": _latencies(config, models)})
+        write_json(kept, {"date": _today(), "latency": latencies(config, models)})
     entry = read_json(kept)
     phase = workspace.state / "block_phase.json"
     return Measured(
@@ -144,7 +213,32 @@ def _measured(context: StageContext, models: dict[str, tuple[Classifier, ModelCa
         latency=entry["latency"],
         stages=stage_figures(workspace),
         block_phase=BlockPhase.model_validate(read_json(phase)) if phase.is_file() else None,
+        device_s=_device_s(workspace, finished),
+        baselines={
+            name: {
+                kind: BaselineSeconds(given_s=record.device_s, used_s=record.duration_s)
+                for kind, record in student.baselines.items()
+            }
+            for name, student in finished.items()
+            if student.baselines
+        },
+        stitched_latency_ms={
+            name: latency_ms
+            for name, student in finished.items()
+            if (latency_ms := student.stitched.measured.latency_ms) is not None
+        },
     )
+
+
+def _device_s(workspace: Workspace, finished: dict[str, FinishedStudent]) -> dict[str, float]:
+    """Student to its device seconds: those that its baselines were given, where it has any."""
+    seconds = {}
+    for name, student in finished.items():
+        given = [record.device_s for record in student.baselines.values()]
+        seconds[name] = (
+            max(given) if given else student_device_s(workspace, name, student.finetuned.duration_s)
+        )
+    return seconds
 
 
 def stage_figures(workspace: Workspace) -> dict[str, StageFigures]:
@@ -155,13 +249,18 @@ def stage_figures(workspace: Workspace) -> dict[str, StageFigures]:
     }
 
 
-def _latencies(
+def latencies(
     config: EvaluateConfig, models: dict[str, tuple[Classifier, ModelCard]]
 ) -> dict[str, list[LatencyFigures]]:
+    """All models in turns, batch size by batch size; equal models are measured once.
+
+    A baseline is not among them: it has its student's architecture, and so its latency.
+    """
     device = best_device()
     card = models["teacher"][1]
     example = torch.rand(1, card.network.in_channels, *card.image_size, device=device)
-    nets = {name: model.to(device) for name, (model, _) in models.items()}
+    measured_as = {card.digest: name for name, (_, card) in reversed(models.items())}
+    nets = {name: models[name][0].to(device) for name in measured_as.values()}
     figures: dict[str, list[LatencyFigures]] = {name: [] for name in nets}
     for batch_size in config.latency_batch_sizes:
         latencies = measure_interleaved(
@@ -169,13 +268,23 @@ def _latencies(
             example,
             batch_size=batch_size,
             threads=usable_cores(),
-            min_duration_s=config.latency_seconds,
+            min_duration_s=config.latency_seconds * max(1.0, len(nets) / 2),
+            max_duration_s=config.latency_max_seconds,
         )
         for name, latency in latencies.items():
             values = asdict(latency)
             values.pop("dtype")
             figures[name].append(LatencyFigures(**values))
-    return figures
+        fewest = min(latency.repeats for latency in latencies.values())
+        if fewest < FEW_PASSES:
+            _log.warning(
+                "latency at batch %d rests on only %d passes per model within %g s; raise "
+                "evaluate.latency_max_seconds for more",
+                batch_size,
+                fewest,
+                config.latency_max_seconds,
+            )
+    return {name: figures[measured_as[card.digest]] for name, (_, card) in models.items()}
 
 
 def _today() -> str:
@@ -185,9 +294,14 @@ def _today() -> str:
 # ---------------------------------------------------------------- report
 
 
-def _report(context: StageContext, metrics: Metrics, measured: Measured) -> str:
+def _report(
+    context: StageContext,
+    metrics: Metrics,
+    measured: Measured,
+    finished: dict[str, FinishedStudent],
+) -> str:
     workspace = context.workspace
-    stitched = {name: read_stitched(workspace, name) for name in metrics.students}
+    stitched = {name: student.stitched for name, student in finished.items()}
     return render(
         ReportInputs(
             network=read_card(workspace.artifacts("teacher")).network.name,

@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import ValidationError
 
-from pbkd.activations import Side, SideKeys, cache_keys
+from pbkd.activations import Side, SideKeys, as_shown, cache_keys
 from pbkd.activations.shards import KIND
 from pbkd.artifacts import Store, Workspace, read_json, write_json
 from pbkd.blocks import Discovery
@@ -29,7 +29,8 @@ from pbkd.distill import (
     make_trainees,
     run_profile,
 )
-from pbkd.distill.costs import block_costs, trainee_costs
+from pbkd.distill.costs import block_costs, teacher_score_s, trainee_costs
+from pbkd.distill.score import with_score_images
 from pbkd.errors import ArtifactError
 from pbkd.models import ModelCard
 from pbkd.plan import Limits, Plan, on_more_workers, plan_block_phase
@@ -45,7 +46,11 @@ _RISK = 0.15
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: trainees of a teacher's blocks, and the images that they see."""
+    """What is planned: trainees of a teacher's blocks, and the images that they see.
+
+    Attributes:
+        distill: with as many images for the score as are used.
+    """
 
     discovery: Discovery
     card: ModelCard
@@ -73,6 +78,8 @@ class Subject:
         """
         card, prepared = read_teacher_card(workspace)
         discovery = read_blocks(workspace)
+        num_images = prepared.meta.num_images
+        distill = with_score_images(distill, num_images["train"], num_images["val"])
         return cls(
             discovery=discovery,
             card=card,
@@ -80,18 +87,23 @@ class Subject:
             activations=activations,
             distill=distill,
             seed=seed,
-            num_images=prepared.meta.num_images,
+            num_images=num_images,
         )
 
     def keys(self, sides: Sequence[tuple[str, Side]], cuts: dict[str, str]) -> SideKeys:
         """Keys of cached sides; a cut's is that of the module from which the teacher goes on."""
-        return cache_keys(self.card, self.activations, self.seed, sides, cuts)
+        return cache_keys(self.card, self.cached, self.seed, sides, cuts)
+
+    @property
+    def cached(self) -> ActivationsConfig:
+        """The settings of a cache: no more views than the epochs show."""
+        return as_shown(self.activations, self.distill.epochs)
 
     @property
     def num_stored(self) -> int:
         """Images that a cache holds, in all views; without augmentation these are one."""
         augments = self.card.augment != AugmentConfig()
-        num_views = self.activations.views if augments else 1
+        num_views = self.cached.views if augments else 1
         return num_views * self.num_images["train"] + self.num_images["val"]
 
     def untrained(self, store: Store) -> list[TraineeSpec]:
@@ -208,7 +220,10 @@ def plan_of(
 def plans_of(
     subject: Subject, profile: Profile, numbers: Iterable[int], source: Source, disk_bytes: float
 ) -> dict[int, Plan]:
-    """Plans from nothing for several numbers of workers, ascending; more are never slower."""
+    """Plans from nothing for several numbers of workers, ascending; more are never slower.
+
+    The teacher's own pass over the images of the score is in their times.
+    """
     plans: dict[int, Plan] = {}
     for number in sorted(set(numbers)):
         plan = plan_of(subject, profile, number, source=source, disk_bytes=disk_bytes)
@@ -217,7 +232,21 @@ def plans_of(
                 again = on_more_workers(fewer, _speeds(profile, number))
                 plan = min(plan, again, key=lambda one: one.wall_s)
         plans[number] = plan
-    return plans
+    score_s = teacher_score_s(profile, subject.distill, subject.num_images["val"])
+    return {number: _longer(plan, score_s) for number, plan in plans.items()}
+
+
+def _longer(plan: Plan, teacher_s: float) -> Plan:
+    """With so many seconds more of the teacher's, which no other worker can take over."""
+    if not plan.jobs:
+        return plan
+    return replace(
+        plan,
+        wall_s=plan.wall_s + teacher_s,
+        work_s=plan.work_s + teacher_s,
+        bound_s=plan.bound_s + teacher_s,
+        work=replace(plan.work, teacher_s=plan.work.teacher_s + teacher_s),
+    )
 
 
 def _speeds(profile: Profile, num_workers: int) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pbkd.artifacts import Workspace, read_json, write_json
+from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.report import (
     MEASURED,
     METRICS,
@@ -13,6 +13,7 @@ from pbkd.report import (
     REPORT,
     Measured,
     Metrics,
+    StudentFigures,
     read_measured,
     read_metrics,
 )
@@ -21,6 +22,7 @@ from pbkd.stages.evaluate import model_folders
 from pbkd.students import load_model
 from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
 from pbkd.tracking.registry import Candidate
+from pbkd.tracking.versions import MachineLatency, MeasuredLatency
 
 
 def run(context: StageContext) -> None:
@@ -36,8 +38,9 @@ def run(context: StageContext) -> None:
         workspace,
         pipeline_run,
         config.name,
-        _candidates(workspace, metrics),
+        _candidates(workspace, metrics, measured),
         config.max_accuracy_drop,
+        digest_of(context.params.model_dump(mode="json", by_alias=True)),
     )
     write_json(workspace.results / REGISTERED, receipt)
     pipeline_run.end()
@@ -52,28 +55,60 @@ def is_registered(workspace: Workspace) -> bool:
 
 
 def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
-    """The series of teacher and fine-tuning that are on disk."""
-    teacher = workspace.artifacts("teacher") / "history.jsonl"
-    pipeline_run.log_history("teacher/training", _lines(teacher))
+    """The series that are on disk: of the teacher, repairs, fine-tunings and baselines."""
+    series = {"teacher/training": workspace.artifacts("teacher") / "history.jsonl"}
+    for path in sorted(workspace.artifacts("stitch").glob("*/repair.jsonl")):
+        series[f"repair/{path.parent.name}"] = path
     for path in sorted(workspace.artifacts("finetune").glob("*/history.jsonl")):
-        pipeline_run.log_history(f"finetune/{path.parent.name}", _lines(path))
+        series[f"finetune/{path.parent.name}"] = path
+    for path in sorted(workspace.artifacts("finetune").glob("*/baseline-*/history.jsonl")):
+        student, kind = path.parent.parent.name, path.parent.name
+        series[f"{kind}/{student}"] = path
+    for name, path in series.items():
+        pipeline_run.log_history(name, _lines(path))
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The numbers of each line, as steps from 0 on: restarted epochs count on."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [
+        {key: value for key, value in line.items() if isinstance(value, int | float)}
+        | {"epoch": step}
+        for step, line in enumerate(lines)
+    ]
 
 
-def _candidates(workspace: Workspace, metrics: Metrics) -> list[Candidate]:
+def _candidates(workspace: Workspace, metrics: Metrics, measured: Measured) -> list[Candidate]:
     entries = {"teacher": metrics.teacher, **metrics.students}
     candidates = []
     for name, folder in model_folders(workspace).items():
         model, card = load_model(folder, allow_code=True)
-        figures = {key: float(value) for key, value in entries[name].model_dump().items()}
-        figures["teacher_val_accuracy"] = metrics.teacher.val_accuracy
+        entry = entries[name]
         candidates.append(
-            Candidate(budget=name, folder=folder, model=model, card=card, figures=figures)
+            Candidate(
+                budget=name,
+                folder=folder,
+                model=model,
+                card=card,
+                figures=entry.numbers | {"teacher_val_accuracy": metrics.teacher.val_accuracy},
+                limits=entry.limits if isinstance(entry, StudentFigures) else {},
+                latency=_latency(measured, name),
+            )
         )
     return candidates
+
+
+def _latency(measured: Measured, name: str) -> MachineLatency:
+    machine = measured.machine
+    where = [f"{machine.processor}, {machine.cores} cores", *machine.gpus]
+    return MachineLatency(
+        machine_id=machine.machine_id,
+        machine=", ".join([*where, f"torch {machine.torch}"]),
+        entries=tuple(
+            MeasuredLatency.model_validate(entry.model_dump())
+            for entry in measured.latency.get(name, ())
+        ),
+    )
 
 
 def _figures(metrics: Metrics, measured: Measured) -> dict[str, float | None]:
@@ -91,5 +126,9 @@ def _figures(metrics: Metrics, measured: Measured) -> dict[str, float | None]:
         figures["block_phase/wall_s"] = measured.block_phase.wall_s
         figures["block_phase/energy_j"] = measured.block_phase.energy_j
     for name, model in {"teacher": metrics.teacher, **metrics.students}.items():
-        figures |= {f"{name}/{key}": float(value) for key, value in model.model_dump().items()}
+        figures |= {f"{name}/{key}": value for key, value in model.numbers.items()}
+    for name, kinds in metrics.baselines.items():
+        for kind, baseline in kinds.items():
+            numbers = baseline.numbers
+            figures |= {f"baseline-{kind}/{name}/{key}": v for key, v in numbers.items()}
     return figures

@@ -1,102 +1,271 @@
-"""Stage `stitch`: choose candidates, put them into the teacher, recalibrate batch norm."""
+"""Stage `stitch`: choose students under budgets, stitch each one, and mend it.
+
+``start`` chooses all students before any is made, ``run_repair`` makes one, as a job of a worker,
+and ``finish`` puts them together. Students of equal choices share one job and its item in the
+store; what depends on a student's budget is written by ``finish`` alone.
+"""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-from pbkd.artifacts import Workspace, atomic_dir, load_tensors, read_json, write_json
-from pbkd.data import Stream
+from pbkd.artifacts import Workspace, atomic_dir, digest_of, link_tree, read_json, write_json
 from pbkd.devices import best_device
 from pbkd.distill import TRAINEES
-from pbkd.distill.trainee import WEIGHTS
-from pbkd.models import predict, save_model
+from pbkd.models import ModelCard
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.context import StageContext
-from pbkd.stages.distill import read_distilled
+from pbkd.stages.distill import Distilled, read_distilled
+from pbkd.stages.repair_job import RECORD, REPAIRED, Candidate, Repaired, RepairJob, run_repair
 from pbkd.stages.teacher import read_teacher
-from pbkd.students import Choice, choose, recalibrate, stitch
+from pbkd.students import (
+    Choice,
+    ChosenStudent,
+    Figures,
+    LatencyMeter,
+    Selection,
+    Subject,
+    choose_students,
+    needs_latency,
+)
+
+__all__ = [
+    "STITCH",
+    "RepairJob",
+    "Stitched",
+    "finish",
+    "read_stitched",
+    "run",
+    "run_repair",
+    "start",
+]
 
 _log = logging.getLogger(__name__)
 
-STUDENT = "default"
-"""Name of the one student; named budgets come beside it."""
+ALGORITHM = 1
+"""Raised whenever the same choices and settings would give another model."""
 
-_BATCH = 256
+STITCH = "stitch.json"
 
 
 class Stitched(BaseModel):
-    """What ``stitch.json`` says of a student: limit, choices, validation accuracies (0 to 1)."""
+    """What ``stitch.json`` says of a student.
+
+    Attributes:
+        limits: figure (parameters, macs, bytes, latency in milliseconds) to what was allowed.
+        max_damage: nats, over which a candidate was left out.
+        predicted: sums over the blocks' options and the rest.
+        predicted_damage: sum of the chosen candidates' damages, nats.
+        measured: of the stitched model; latency beside the teacher's, null unless it was limited.
+        teacher: the same of the teacher.
+        damage: KL(teacher || stitched student) before recalibration, nats; null: not finite.
+        teacher_val_accuracy: on the validation split, 0 to 1; the others after each step.
+        repair_s: seconds of recalibration and repair on the device.
+    """
 
     model_config = ConfigDict(frozen=True)
 
+    limits: dict[str, float]
     max_damage: float
     choices: tuple[Choice, ...]
+    predicted: Figures
+    predicted_damage: float
+    measured: Figures
+    teacher: Figures
+    damage: float | None
     teacher_val_accuracy: float
     stitched_val_accuracy: float
     recalibrated_val_accuracy: float
+    repaired_val_accuracy: float
+    repair_s: float
 
 
 def run(context: StageContext) -> None:
-    """Write ``artifacts/stitch/STUDENT/``: model and ``stitch.json``."""
+    """Write ``artifacts/stitch/STUDENT/``: model, ``stitch.json``, ``repair.jsonl``."""
+    jobs = start(context)
+    for job in jobs:
+        run_repair(job)
+    finish(context, jobs)
+
+
+def start(context: StageContext) -> list[RepairJob]:
+    """Choose all students; a job for every choice, several students' where theirs are equal.
+
+    Measures latency on this process's device where a limit asks for it and none is kept.
+
+    Raises:
+        ArtifactError: an earlier stage has not run.
+        BudgetError: names every student whose limits cannot be kept.
+    """
     workspace, config = context.workspace, context.params.stitch
+    output = workspace.artifacts("stitch")
+    for folder in output.iterdir() if output.is_dir() else ():
+        workspace.store.adopt(REPAIRED, folder)
     distilled = {(d.result.block, d.result.candidate): d for d in read_distilled(workspace)}
-    choices = choose(
-        read_blocks(workspace).blocks,
-        {name: item.damage for name, item in distilled.items()},
-        config.max_damage,
-    )
-    for choice in choices:
-        _log.info("%s: %s (%s)", choice.block, choice.candidate or "teacher's own", choice.reason)
-    items = workspace.artifacts("distill") / TRAINEES
-    weights = {
-        choice.block: load_tensors(items / distilled[choice.block, choice.candidate].key / WEIGHTS)
-        for choice in choices
-        if choice.candidate is not None
-    }
-    with atomic_dir(workspace.artifacts("stitch")) as folder:
-        (folder / STUDENT).mkdir()
-        _write_student(context, choices, weights, folder / STUDENT)
+    damages = {name: item.damage.kl for name, item in distilled.items()}
+    discovery = read_blocks(workspace)
+    teacher, card, _ = read_teacher(workspace)
+    meter = LatencyMeter(workspace, teacher.to(best_device()), card, discovery, config)
+    latency = meter.table() if needs_latency(config) else None
+    subject = Subject.of(teacher, discovery, damages, latency)
+    students = choose_students(subject.blocks, subject.rest, config)
+    _log_choices(students)
+    whole_ms = _whole_latencies(meter, students)
+    groups: dict[tuple[str | None, ...], list[ChosenStudent]] = {}
+    for student in students:
+        groups.setdefault(student.selection.names, []).append(student)
+    return [_job(context, card, distilled, group, whole_ms) for group in groups.values()]
+
+
+def finish(context: StageContext, jobs: Sequence[RepairJob]) -> None:
+    """Write ``artifacts/stitch/``: exactly the present students, by hard links.
+
+    Raises:
+        ArtifactError: a student in the store is damaged.
+    """
+    store = context.workspace.store
+    for job in jobs:
+        store.verify(REPAIRED, job.key)
+    with atomic_dir(context.workspace.artifacts("stitch")) as folder:
+        for job in jobs:
+            item = store.path(REPAIRED, job.key)
+            repaired = Repaired.model_validate(read_json(item / RECORD))
+            for student in job.students:
+                link_tree(item, folder / student.name)
+                stitched = _stitched(context, student, repaired, job.latency_ms)
+                _log_student(student.name, stitched)
+                write_json(folder / student.name / STITCH, stitched)
 
 
 def read_stitched(workspace: Workspace, student: str) -> Stitched:
     """What the stage wrote of a student."""
-    path = workspace.artifacts("stitch") / student / "stitch.json"
-    return Stitched.model_validate(read_json(path))
+    return Stitched.model_validate(read_json(workspace.artifacts("stitch") / student / STITCH))
 
 
-def _write_student(
+def _whole_latencies(meter: LatencyMeter, students: Sequence[ChosenStudent]) -> dict[str, float]:
+    """Milliseconds of the students whose latency is limited, and of the ``teacher``."""
+    limited = {
+        student.name: student.selection.replacements
+        for student in students
+        if "latency" in student.limits
+    }
+    return meter.whole(limited) if limited else {}
+
+
+def _job(
     context: StageContext,
-    choices: list[Choice],
-    weights: dict[str, dict[str, Tensor]],
-    folder: Path,
-) -> None:
-    device = best_device()
-    teacher, card, prepared = read_teacher(context.workspace)
-    replacements = {choice.block: choice.config for choice in choices if choice.config is not None}
-    student = stitch(teacher, replacements, weights).to(device)
-    train, val = (
-        Stream(prepared.split(name), seed=context.params.seed, augment=card.augment, device=device)
-        for name in ("train", "val")
+    card: ModelCard,
+    distilled: Mapping[tuple[str, str], Distilled],
+    students: Sequence[ChosenStudent],
+    whole_ms: dict[str, float],
+) -> RepairJob:
+    workspace, params = context.workspace, context.params
+    chosen = {
+        path: distilled[path, name] for path, name in students[0].selection.replacements.items()
+    }
+    items = workspace.artifacts("distill") / TRAINEES
+    # of all candidates the same images
+    score_images = max(item.damage.num_images for item in distilled.values())
+    settings = params.stitch.model_dump(include={"recalibrate_batches", "repair"})
+    key = digest_of(
+        {
+            "algorithm": ALGORITHM,
+            "teacher": card.digest,
+            "data": card.data_digest,
+            "augment": card.augment,
+            "trainees": {path: item.key for path, item in chosen.items()},
+            "settings": settings,
+            "score_images": score_images,
+            "seed": params.seed,
+        }
     )
-    stitched_accuracy = predict(student, val, batch_size=_BATCH).accuracy
-    num_batches = context.params.stitch.recalibrate_batches
-    if num_batches and replacements:
-        recalibrate(student, train, num_batches=num_batches, batch_size=_BATCH)
-    stitched = Stitched(
+    return RepairJob(
+        key=key,
+        students=tuple(students),
+        latency_ms=whole_ms,
+        replacements={
+            path: Candidate(config=item.result.config, folder=items / item.key)
+            for path, item in chosen.items()
+        },
+        recalibrate_batches=params.stitch.recalibrate_batches,
+        repair=params.stitch.repair,
+        score_images=score_images,
+        seed=params.seed,
+        teacher=workspace.artifacts("teacher"),
+        prepared=workspace.prepared,
+        store=workspace.store.root,
+        progress=workspace.state / "progress",
+    )
+
+
+def _stitched(
+    context: StageContext,
+    student: ChosenStudent,
+    repaired: Repaired,
+    latency_ms: Mapping[str, float],
+) -> Stitched:
+    limited = student.name in latency_ms
+    own_ms = {"latency_ms": latency_ms[student.name]} if limited else {}
+    teacher_ms = {"latency_ms": latency_ms["teacher"]} if limited else {}
+    selection = student.selection
+    return Stitched(
+        limits=dict(student.limits),
         max_damage=context.params.stitch.max_damage,
-        choices=tuple(choices),
-        teacher_val_accuracy=predict(teacher.to(device), val, batch_size=_BATCH).accuracy,
-        stitched_val_accuracy=stitched_accuracy,
-        recalibrated_val_accuracy=predict(student, val, batch_size=_BATCH).accuracy,
+        choices=selection.choices,
+        predicted=selection.figures,
+        predicted_damage=selection.damage,
+        measured=repaired.figures.model_copy(update=own_ms),
+        teacher=repaired.teacher.model_copy(update=teacher_ms),
+        **repaired.model_dump(exclude={"teacher", "figures"}),
     )
-    save_model(folder, student.cpu(), card.model_copy(update={"replacements": replacements}))
-    write_json(folder / "stitch.json", stitched)
+
+
+# ---------------------------------------------------------------- log
+
+
+def _log_choices(students: Sequence[ChosenStudent]) -> None:
+    for student in students:
+        selection: Selection = student.selection
+        _log.info(
+            "student %s: %d of %d blocks replaced, predicted damage %.4g nats",
+            student.name,
+            len(selection.replacements),
+            len(selection.choices),
+            selection.damage,
+        )
+        for choice in selection.choices:
+            name = choice.candidate or "teacher's own"
+            _log.debug("%s, %s: %s (%s)", student.name, choice.block, name, choice.reason)
+
+
+def _log_student(name: str, stitched: Stitched) -> None:
+    predicted, measured = stitched.predicted, stitched.measured
+    for figure, foretold in predicted.model_dump(exclude={"latency_ms"}).items():
+        found = getattr(measured, figure)
+        _log.info("student %s: %s predicted %d, measured %d", name, figure, foretold, found)
+    if measured.latency_ms is not None and predicted.latency_ms is not None:
+        _log.info(
+            "student %s: latency predicted %.4g ms, measured %.4g ms, teacher %.4g ms",
+            name,
+            predicted.latency_ms,
+            measured.latency_ms,
+            stitched.teacher.latency_ms,
+        )
+        if measured.latency_ms > stitched.limits["latency"]:
+            _log.warning(
+                "student %s: latency %.4g ms is over the limit of %.4g ms; lower the limit by as "
+                "much, or run `pbkd stitch --remeasure` on a calm machine",
+                name,
+                measured.latency_ms,
+                stitched.limits["latency"],
+            )
     _log.info(
-        "validation accuracy: stitched %.4f, recalibrated %.4f",
+        "student %s: validation accuracy stitched %.4f, recalibrated %.4f, repaired %.4f",
+        name,
         stitched.stitched_val_accuracy,
         stitched.recalibrated_val_accuracy,
+        stitched.repaired_val_accuracy,
     )

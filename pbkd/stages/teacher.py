@@ -30,6 +30,7 @@ from pbkd.models import (
     save_model,
 )
 from pbkd.seeding import derive_seed
+from pbkd.stages.budgets import check_untrained
 from pbkd.stages.context import StageContext
 
 _log = logging.getLogger(__name__)
@@ -41,10 +42,12 @@ def run(context: StageContext) -> None:
     Raises:
         TeacherError: the network or its weights cannot be had, or the validation accuracy is below
             ``teacher.min_accuracy``.
+        BlockError: no block can be replaced; BudgetError: a student's limits cannot be kept.
     """
     config = context.params.teacher
     prepared = load_prepared(context.workspace.prepared)
     teacher, card = _build(context, prepared)
+    check_untrained(context, teacher, torch.zeros(1, *prepared.image_shape))
     checkpoint = _checkpoint(context, teacher, card)
     with atomic_dir(context.workspace.artifacts("teacher")) as folder:
         history = folder / "history.jsonl"

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pbkd.blocks import build_candidate, swap
-from pbkd.config import CandidateConfig
+from pbkd.config import CandidateConfig, CustomConfig
+from pbkd.errors import CandidateError
 from pbkd.models import Classifier, ModelCard, build_classifier, load_weights, read_card
 
 
@@ -23,6 +24,9 @@ def stitch(
     Args:
         replacements: block path to candidate.
         weights: block path to the candidate's state dict.
+
+    Raises:
+        CandidateError: a candidate is not settled (see ``find_blocks``), or its code has changed.
     """
     student = copy.deepcopy(teacher).requires_grad_(True)
     modules = _build(student.net, replacements)
@@ -38,21 +42,40 @@ def load_model(folder: Path, *, allow_code: bool = False) -> tuple[Classifier, M
     Takes (N, C, H, W) float32 in [0, 1]; no code is executed that the files bring.
 
     Args:
-        allow_code: whether the function that builds a network of the user's own may be imported.
+        allow_code: whether the functions that build a network or candidates of the user's own may
+            be imported.
 
     Raises:
         ArtifactError: a file is missing, truncated or of another architecture.
         TeacherError: the network is the user's own, and ``allow_code`` is not set.
+        CandidateError: a candidate is the user's own, and ``allow_code`` is not set or the code has
+            changed.
+        ConfigError: the code of a user's own candidate is missing or faulty.
     """
     card = read_card(folder)
+    if not allow_code:
+        _refuse_code(card)
     model = build_classifier(card, allow_code=allow_code)
     swap(model.net, _build(model.net, card.replacements))
     load_weights(folder, model, card)
     return model.eval(), card
 
 
+def _refuse_code(card: ModelCard) -> None:
+    for path, config in card.replacements.items():
+        if isinstance(config, CustomConfig):
+            raise CandidateError(
+                f"block {path}: candidate `{config.kind}` is built by code that is not pbkd's; if "
+                "you trust it, pass allow_code=True"
+            )
+
+
 def _build(net: nn.Module, replacements: Mapping[str, CandidateConfig]) -> dict[str, nn.Module]:
-    return {
-        path: build_candidate(config, net.get_submodule(path)).requires_grad_(True)
-        for path, config in replacements.items()
-    }
+    modules = {}
+    for path, config in replacements.items():
+        try:
+            module = build_candidate(config, net.get_submodule(path))
+        except CandidateError as error:
+            raise CandidateError(f"block {path}: {error}") from error
+        modules[path] = module.requires_grad_(True)
+    return modules

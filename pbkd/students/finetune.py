@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
 from pbkd.config import FinetuneConfig
 from pbkd.data.batches import Batch, Stream
 from pbkd.distill import distillation_loss
-from pbkd.models import Classifier, Recipe, fit
+from pbkd.models import Classifier, Recipe
+from pbkd.models.guard import Guard
+from pbkd.models.run import Loss
+from pbkd.models.training import fit_guarded
+
+
+class Finetuned(BaseModel):
+    """How a fine-tuning ended, as ``finetune.json`` says it.
+
+    Attributes:
+        val_accuracy: of the weights that were kept, 0 to 1.
+        epochs: finished ones, those of diverging attempts included.
+        stopped: all epochs done, no better accuracy, or no restart left.
+        restarts: how often it began again at a quarter of the rate.
+        duration_s: of the training and its validation, on its device.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    val_accuracy: float
+    epochs: int
+    stopped: Literal["epochs", "plateau", "diverged"]
+    restarts: int
+    duration_s: float
 
 
 def finetune(
@@ -22,19 +48,37 @@ def finetune(
     config: FinetuneConfig,
     history: Path,
     checkpoint: Path | None = None,
-) -> float:
+    after_step: Callable[[], None] = lambda: None,
+) -> Finetuned:
     """Train the student in place; it ends with the weights of the best validation accuracy.
+
+    Those with which it came in count, so that it never ends worse. See ``Guard`` for when it stops
+    or begins again.
 
     Args:
         history: file of JSON lines, one per epoch.
         checkpoint: file to go on from; see ``fit``.
-
-    Returns:
-        That validation accuracy, 0 to 1.
+        after_step: called after each step, as a sign of life.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a batch does not fit into memory.
     """
+    fitted = fit_guarded(
+        student,
+        train,
+        val,
+        distilling(teacher, config),
+        Recipe.of(config),
+        Guard(config.patience, config.restarts),
+        history=history,
+        checkpoint=checkpoint,
+        after_step=after_step,
+    )
+    return Finetuned(**vars(fitted))
+
+
+def distilling(teacher: Classifier, config: FinetuneConfig) -> Loss:
+    """The loss of distillation from a teacher's logits and, by their share, from labels."""
     teacher.eval()
 
     def loss(batch: Batch, logits_nk: Tensor) -> Tensor:
@@ -44,5 +88,4 @@ def finetune(
         hard = F.cross_entropy(logits_nk, batch.labels_n)
         return (1 - config.label_weight) * soft + config.label_weight * hard
 
-    recipe = Recipe.of(config)
-    return fit(student, train, val, loss, recipe, history=history, checkpoint=checkpoint)
+    return loss

@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 import math
+import subprocess
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,23 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from pbkd._version import __version__
-from pbkd.artifacts import Workspace
+from pbkd.artifacts import Workspace, file_digest
 from pbkd.models import Classifier, ModelCard
+from pbkd.models.checkpoint import WEIGHTS
 from pbkd.tracking.mlflow_run import PipelineRun, mlflow_client, tracking_uri
+from pbkd.tracking.versions import (
+    TEACHER,
+    MachineLatency,
+    all_versions,
+    figure_tags,
+    is_current,
+    lineage_tags,
+    note_origin,
+)
 
 _log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-_DECIDING = ("val_accuracy", "teacher_val_accuracy", "file_bytes")
-"""Figures that the rule of the champion needs; they stand on the version as tags."""
 
 
 class Candidate(BaseModel):
@@ -33,6 +43,8 @@ class Candidate(BaseModel):
     Attributes:
         budget: name of the student, or ``teacher``.
         figures: numbers that the version carries; ``val_accuracy`` and ``file_bytes`` decide.
+        limits: parameters, macs, bytes or latency (ms) to the limit it was made for.
+        latency: what this machine measured.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -42,6 +54,8 @@ class Candidate(BaseModel):
     model: Classifier
     card: ModelCard
     figures: dict[str, float]
+    limits: dict[str, float] = {}
+    latency: MachineLatency | None = None
 
 
 class Version(BaseModel):
@@ -70,8 +84,11 @@ def register_models(
     name: str,
     candidates: list[Candidate],
     max_accuracy_drop: float,
+    params_digest: str = "",
 ) -> Registered:
     """Register each model once, and move the alias by its rule.
+
+    A version that exists gets the tags that it lacks, and this machine's latency.
 
     The rule: the champion is the student with the smallest file among those that lose at most
     ``max_accuracy_drop`` of validation accuracy against their teacher; of equal files the more
@@ -79,11 +96,35 @@ def register_models(
 
     Args:
         candidates: the teacher (``budget: teacher``) and the students.
+        params_digest: of all parameters; part of the lineage.
     """
     client = run.client
-    known = _versions(client, name)
-    versions = {c.budget: _register(client, run, name, c, known) for c in candidates}
-    champion = _choose_champion(client, name, candidates[0].card.data_digest, max_accuracy_drop)
+    known = all_versions(client, name)
+    teacher_digest = next((c.card.digest for c in candidates if c.budget == TEACHER), "")
+    data_digest = candidates[0].card.data_digest
+    versions: dict[str, Version] = {}
+    for candidate in sorted(candidates, key=lambda c: c.budget != TEACHER):
+        teacher = versions.get(TEACHER)
+        tags = figure_tags(candidate.figures, candidate.limits, candidate.latency) | lineage_tags(
+            data_digest=candidate.card.data_digest,
+            teacher_digest=teacher_digest,
+            teacher_version=teacher.version if teacher else "",
+        )
+        found = _find(candidate, known)
+        if found is not None:
+            versions[candidate.budget] = _refresh(client, name, found, tags)
+            continue
+        tags |= lineage_tags(
+            budget=candidate.budget,
+            model_digest=candidate.card.digest,
+            weights_digest=file_digest(candidate.folder / WEIGHTS),
+            commit=_commit(workspace),
+            params_digest=params_digest,
+            run_id=run.run_id,
+        )
+        versions[candidate.budget] = _register(client, run, name, candidate, tags)
+    note_origin(client, name, data_digest, teacher_digest)
+    champion = _choose_champion(client, name, data_digest, max_accuracy_drop)
     if champion is not None:
         client.set_registered_model_alias(name, CHAMPION, champion)
     return Registered(
@@ -96,7 +137,7 @@ def register_models(
 
 def still_registered(workspace: Workspace, receipt: Registered) -> bool:
     """Whether the registry holds what a receipt says."""
-    known = {str(v.version): v for v in _versions(mlflow_client(workspace), receipt.name)}
+    known = {str(v.version): v for v in all_versions(mlflow_client(workspace), receipt.name)}
     return all(
         entry.version in known
         and known[entry.version].tags.get("pbkd.model_digest") == entry.model_digest
@@ -104,43 +145,54 @@ def still_registered(workspace: Workspace, receipt: Registered) -> bool:
     )
 
 
-def _versions(client: Any, name: str) -> list[Any]:
-    """All versions of a model with their tags; an empty list where the name is new."""
-    return list(client.search_model_versions(f"name = '{name}'"))
+def _find(candidate: Candidate, known: list[Any]) -> Any:
+    """The version that holds this model under this budget, or None."""
+    wanted = (candidate.card.digest, candidate.budget)
+    for version in known:
+        same = (version.tags.get("pbkd.model_digest"), version.tags.get("pbkd.budget")) == wanted
+        if same and version.status == "READY":
+            return version
+    return None
+
+
+def _refresh(client: Any, name: str, version: Any, tags: dict[str, str]) -> Version:
+    """Give a version the tags that it lacks, and those of which the newest value counts."""
+    for key, value in tags.items():
+        old = version.tags.get(key)
+        if old is None or (is_current(key) and old != value):
+            client.set_model_version_tag(name, version.version, key, value)
+    _log.info("%s is version %s of %s already", version.tags["pbkd.budget"], version.version, name)
+    digest = version.tags["pbkd.model_digest"]
+    return Version(version=str(version.version), model_digest=digest)
 
 
 def _register(
-    client: Any, run: PipelineRun, name: str, candidate: Candidate, known: list[Any]
+    client: Any, run: PipelineRun, name: str, candidate: Candidate, tags: dict[str, str]
 ) -> Version:
-    digest = candidate.card.digest
-    for version in known:
-        tags = version.tags
-        same = (tags.get("pbkd.model_digest"), tags.get("pbkd.budget")) == (
-            digest,
-            candidate.budget,
-        )
-        if same and version.status == "READY":
-            _log.info("%s is version %s of %s already", candidate.budget, version.version, name)
-            return Version(version=str(version.version), model_digest=digest)
-    model_uri = _log_model(client, run, candidate)
     import mlflow
 
-    tags = {
-        "pbkd.model_digest": digest,
-        "pbkd.budget": candidate.budget,
-        "pbkd.data_digest": candidate.card.data_digest,
-    } | {f"pbkd.{key}": f"{candidate.figures[key]:.12g}" for key in _DECIDING}
+    model_uri = _log_model(client, run, candidate)
     with contextlib.redirect_stderr(io.StringIO()):  # it prints what our own log says
         version = mlflow.register_model(model_uri, name, tags=tags)
     client.update_model_version(name, version.version, description=_describe(candidate))
     _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
-    return Version(version=str(version.version), model_digest=digest)
+    return Version(version=str(version.version), model_digest=candidate.card.digest)
+
+
+def _commit(workspace: Workspace) -> str:
+    """The commit of the workspace's repository; empty where there is none."""
+    command = ["git", "-C", str(workspace.root), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
     """Log a model with signature, example and figures, and pbkd's own files beside it."""
     import mlflow
     import mlflow.pytorch
+    from mlflow.entities import Metric
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
@@ -168,16 +220,30 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
             pip_requirements=requirements,
             extra_files=[str(path) for path in sorted(candidate.folder.glob("model.*"))],
             metadata={"class_names": list(card.class_names), "pbkd": __version__},
+            validate_serving_input=False,  # it loads the exported graph anew: half of the time
         )
-        for key, value in candidate.figures.items():
-            client.log_metric(model_run.info.run_id, key, value, model_id=info.model_id)
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(key, value, now, 0, model_id=info.model_id)
+            for key, value in (candidate.figures | _latency_metrics(candidate)).items()
+        ]
+        client.log_batch(model_run.info.run_id, metrics=metrics)
     return str(info.model_uri)
+
+
+def _latency_metrics(candidate: Candidate) -> dict[str, float]:
+    """Latency under names for MLflow's pages; of several settings of a batch size, the slowest."""
+    slowest: dict[str, float] = {}
+    for entry in candidate.latency.entries if candidate.latency else ():
+        key = f"latency_batch_{entry.batch_size}_ms"
+        slowest[key] = max(entry.median_ms, slowest.get(key, 0.0))
+    return slowest
 
 
 def _describe(candidate: Candidate) -> str:
     """What a person who picks a version wants to know, in one line."""
     figures, card = candidate.figures, candidate.card
-    kind = "Teacher" if candidate.budget == "teacher" else f"Student `{candidate.budget}` of"
+    kind = "Teacher" if candidate.budget == TEACHER else f"Student `{candidate.budget}` of"
     replaced = f", {len(card.replacements)} blocks replaced" if card.replacements else ""
     return (
         f"{kind} {card.network.name}{replaced}: {figures['val_accuracy']:.2%} on the validation "
@@ -191,14 +257,14 @@ def _choose_champion(
 ) -> str | None:
     """Version number of the best student on this data, or None where none is good enough."""
     best, best_rank = None, (math.inf, math.inf, 0)
-    for version in _versions(client, name):
+    for version in all_versions(client, name):
         tags = version.tags
-        if tags.get("pbkd.data_digest") != data_digest or tags.get("pbkd.budget") == "teacher":
+        if tags.get("pbkd.data_digest") != data_digest or tags.get("pbkd.budget") == TEACHER:
             continue
         accuracy, teacher = (
             float(tags[f"pbkd.{key}"]) for key in ("val_accuracy", "teacher_val_accuracy")
         )
-        if accuracy < teacher - max_accuracy_drop:
+        if not accuracy >= teacher - max_accuracy_drop:  # nor one that is no number
             continue
         # of equal ones the first, so that the alias moves to better ones only
         rank = (float(tags["pbkd.file_bytes"]), -accuracy, int(version.version))

@@ -30,6 +30,7 @@ from pbkd.config import DistillConfig, SeparableConfig, load_params
 from pbkd.distill import SCORES, TRAINEES, Damage, JobSpec, TraineeResult, TraineeSpec, run_job
 from pbkd.distill.score import SCORE
 from pbkd.distill.trainee import HISTORY, RESULT, WEIGHTS, read_history
+from pbkd.errors import ArtifactError
 from pbkd.models import read_card
 from pbkd.stages import StageContext, run_stage
 from pbkd.stages.distill import DistillPlan, plan_distill, plan_here, start
@@ -306,6 +307,41 @@ def test_the_heartbeat_and_the_progress_are_there(untrained):
     assert job.heartbeat == job.progress / "job-007.alive"
     assert job.heartbeat.is_file()
     assert len(read_history(job.progress / f"{job.trainees[0].key}.jsonl")) == 3
+
+
+# ---------------------------------------------------------------- views
+
+
+def test_one_epochs_cache_holds_one_view_and_gives_the_same_bits(untrained):
+    change(untrained, "distill", epochs=1)
+    relayed = copy_of(untrained, untrained.root.parent / "relayed")
+    shutil.rmtree(untrained.store.root / KIND)
+    shutil.rmtree(untrained.artifacts("activations"))
+    run_stage("activations", StageContext.load(untrained))
+    views = {path.name for path in untrained.artifacts("activations").glob("*/*/*")}
+    assert views == {"view-0", "view-val"}
+    job = job_of(untrained)
+    assert job.activations.views == 2, "the stream and the keys are those of the parameters"
+    run_job(job)
+    other = job_of(relayed, "relay")
+    run_job(other)
+    assert_equal(weights_of(job), weights_of(other))
+
+
+def test_more_epochs_than_the_cache_was_made_for_are_refused(untrained):
+    change(untrained, "distill", epochs=1)
+    shutil.rmtree(untrained.store.root / KIND)
+    shutil.rmtree(untrained.artifacts("activations"))
+    run_stage("activations", StageContext.load(untrained))
+    change(untrained, "distill", epochs=2)
+    with pytest.raises(ArtifactError, match="2 views of 2 epochs; run: pbkd activations"):
+        plan_here(StageContext.load(untrained))
+
+
+def test_a_report_says_what_scores_took(untrained):
+    job = job_of(untrained)
+    report = run_job(job)
+    assert 0 < report.score_s < report.duration_s
 
 
 # ---------------------------------------------------------------- keys

@@ -12,13 +12,13 @@ from pbkd.artifacts import Workspace, read_json
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.distill import Profile, merge_profiles, profile, run_profile
 from pbkd.distill.costs import block_costs, teacher_score_s, trainee_costs
-from pbkd.distill.timing import DiskRates, StepCost, measure_disk
+from pbkd.distill.timing import DiskRates, StepCost, SuffixCost, measure_disk
 from pbkd.distill.trainee import Trainee
 from pbkd.plan import Limits, plan_block_phase
 from pbkd.stages import StageContext
 from pbkd.stages.blocks import read_blocks
 from pbkd.stages.distill import start
-from pbkd.stages.planning import Subject, profile_here, profile_job, profiled
+from pbkd.stages.planning import Subject, plan_of, plans_of, profile_here, profile_job, profiled
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def measured(_finished: Path, subject: Subject) -> Profile:
 
 def some_profile(**changes: object) -> Profile:
     """Round figures for the finished workspace's first two blocks."""
-    step = StepCost(init_s=1.0, step_s=0.25, eval_s=0.125, held_bytes=1000, step_bytes=500)
+    step = StepCost(fixed_s=1.0, step_s=0.25, eval_s=0.125, held_bytes=1000, step_bytes=500)
     values: dict[str, object] = {
         "device": "cpu",
         "threads": 1,
@@ -43,6 +43,10 @@ def some_profile(**changes: object) -> Profile:
         "setup_s": 0.5,
         "teacher_s": {"features.0": 0.5, "features.3": 2.0},
         "whole_teacher_s": 4.0,
+        "suffixes": {
+            "features.0": SuffixCost(before_s=0.0, suffix_s=3.5),
+            "features.3": SuffixCost(before_s=0.75, suffix_s=1.5),
+        },
         "capture_batch": 128,
         "capture_gain": 0.5,
         "cuts": {"features.3": "features.3"},
@@ -62,6 +66,12 @@ def test_every_trainee_and_block_is_measured(measured: Profile, subject: Subject
         assert cost.step_s is not None
         assert 0 < cost.eval_s < 1
         assert 0 < cost.step_s < 1
+        assert 0 < cost.fixed_s < 1
+    assert set(measured.suffixes) == set(measured.teacher_s)
+    befores = [cost.before_s for cost in measured.suffixes.values()]
+    assert befores == sorted(befores), "a chain"
+    for cost in measured.suffixes.values():
+        assert 0 < cost.before_s + cost.suffix_s < measured.whole_teacher_s
     assert measured.capture_batch in (64, 128)
     assert measured.disk.read > 1e6
 
@@ -161,13 +171,27 @@ def test_a_trainees_cost_by_hand(subject: Subject) -> None:
     (cost,) = trainee_costs(trainees, some_profile(), config, {"train": 130, "val": 20})
     steps = 3 * 128 * 0.25  # the last, smaller batch is left out
     validations = 4 * 20 * 0.125
-    score = 10 * (4.0 - 2.0 + 0.125)
+    score = 10 * (1.5 + 0.125)
     assert cost.own_s == pytest.approx(1.0 + steps + validations + score)
     (scored,) = trainee_costs(
         trainees, some_profile(), config, {"train": 130, "val": 20}, {"features.3/separable"}
     )
     assert scored.own_s == pytest.approx(score)
     assert teacher_score_s(some_profile(), config, 20) == pytest.approx(10 * 4.0)
+
+
+def test_a_planned_phase_has_the_teachers_own_pass_in_it(
+    subject: Subject, measured: Profile
+) -> None:
+    plans = plans_of(subject, measured, [1, 2], "relay", float("inf"))
+    extra_s = teacher_score_s(measured, subject.distill, subject.num_images["val"])
+    for number, plan in plans.items():
+        bare = plan_of(subject, measured, number, source="relay")
+        assert plan.wall_s == pytest.approx(bare.wall_s + extra_s)
+        assert plan.bound_s == pytest.approx(bare.bound_s + extra_s)
+        parts = plan.work
+        whole_s = parts.own_s + parts.teacher_s + parts.read_s + parts.fill_s + parts.jobs_s
+        assert plan.work_s == pytest.approx(whole_s)
 
 
 def test_a_blocks_cost_by_hand(finished: Workspace) -> None:
@@ -183,7 +207,8 @@ def test_a_blocks_cost_by_hand(finished: Workspace) -> None:
     size = torch.Size(block.input_shape).numel()
     passes = 3 * 100 + 4 * 10
     stored = 2 * 100 + 10
-    assert cost.teacher_s == pytest.approx(2.0 * passes)
+    assert cost.teacher_s == pytest.approx(2.0 * (passes + 3 * 10))  # dry passes of a batch
+    assert cost.before_score_s == pytest.approx(0.75 * 10)
     assert cost.fill_teacher_s == pytest.approx(2.0 * 0.5 * stored)
     assert cost.input_bytes == size * 2 * stored
     assert cost.cut_bytes == size * 4 * stored

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from pbkd.blocks import build_candidate
-from pbkd.config import AugmentConfig, SeparableConfig
+from pbkd.blocks import build_candidate, swapped
+from pbkd.blocks.candidates import replaceable_convs
+from pbkd.config import AugmentConfig, DistillConfig, SeparableConfig
 from pbkd.data import Stream, load_prepared
 from pbkd.distill import Damage, damage_kl, score
-from pbkd.models import load_teacher, predict
+from pbkd.distill.score import with_score_images
+from pbkd.models import Classifier, NetworkSpec, build_network, load_teacher, predict
+from pbkd.testing import OverwritingNet, random_split
 
 BLOCK = "features.7"
 
@@ -36,7 +39,73 @@ def candidate(teacher) -> nn.Module:
 
 def score_of(teacher, candidate, val, limit=None) -> Damage:
     predictions = predict(teacher, val, batch_size=64, limit=limit)
-    return score(teacher, BLOCK, candidate, predictions, val, 64)
+    (damage,) = score(teacher, [(BLOCK, candidate)], predictions, val, 64)
+    return damage
+
+
+def whole_pass(teacher, path, candidate, val) -> Damage:
+    """By the whole teacher with the candidate in it."""
+    predictions = predict(teacher, val, batch_size=32, limit=40)
+    with swapped(teacher.net, {path: candidate}):
+        found = predict(teacher, val, batch_size=32, limit=40)
+    return Damage(
+        kl=float(damage_kl(predictions.logits_nk, found.logits_nk)),
+        accuracy_drop=predictions.accuracy - found.accuracy,
+        num_images=len(found.labels_n),
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg11", "resnet18", "densenet121", "overwriting"])
+def test_many_scores_at_once_are_those_of_whole_passes_bit_for_bit(name):
+    torch.manual_seed(0)
+    if name == "overwriting":
+        net, size, channels = OverwritingNet(), 8, 1
+    else:
+        net, size, channels = (
+            build_network(NetworkSpec(name=name, in_channels=3, num_classes=3)),
+            32,
+            3,
+        )
+    teacher = Classifier(net, (0.5,) * channels, (0.25,) * channels).eval().requires_grad_(False)
+    split = random_split(50, size=size, channels=channels)
+    stream = Stream(split, seed=0, augment=AugmentConfig())
+    paths = replaceable_convs(net)
+    candidates = []
+    for path in paths[:: max(1, len(paths) // 4)]:
+        block = net.get_submodule(path)
+        candidates.append((path, build_candidate(SeparableConfig(), block).eval()))
+        candidates.append((path, build_candidate(SeparableConfig(depth=2), block).eval()))
+    predictions = predict(teacher, stream, batch_size=32, limit=40)
+    found = score(teacher, candidates[::-1], predictions, stream, 32)[::-1]
+    assert found == [whole_pass(teacher, path, module, stream) for path, module in candidates]
+
+
+def test_a_score_runs_the_suffix_alone(teacher, candidate, val):
+    sizes: list[int] = []
+    first = teacher.net.get_submodule("features.0")
+    predictions = predict(teacher, val, batch_size=64)
+    first.register_forward_hook(lambda *args: sizes.append(len(args[-1])))
+    score(teacher, [(BLOCK, candidate)] * 5, predictions, val, 64)
+    num_batches = -(-len(val) // 64)
+    assert sum(size > 2 for size in sizes) == num_batches, "once for all five"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_train", "num_val", "images"),
+    [
+        (1, 45_000, 5000, 1800),
+        (2, 45_000, 5000, 2000),
+        (1, 5000, 5000, 250),
+        (1, 5000, 200, 2000),
+        (8, 1222, 216, 2000),
+    ],
+)
+def test_short_trainings_are_scored_on_fewer_images(epochs, num_train, num_val, images):
+    config = DistillConfig(epochs=epochs)
+    found = with_score_images(config, num_train, num_val)
+    assert found == config.model_copy(update={"score_images": images})
+    fewer = DistillConfig(epochs=epochs, score_images=30)
+    assert with_score_images(fewer, num_train, num_val) == fewer
 
 
 @pytest.mark.parametrize("limit", [None, 30])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -21,6 +22,14 @@ def add(left: int, right: int) -> int:
 
 def pid() -> int:
     return os.getpid()
+
+
+def can_import(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def torch_is_loaded() -> bool:
+    return "torch.optim" in sys.modules
 
 
 def sleep(duration_s: float) -> float:

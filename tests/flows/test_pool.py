@@ -73,6 +73,34 @@ def test_result_comes_back_and_the_child_stays(tmp_path: Path) -> None:
         assert pool.run(pool_jobs.pid) == pool.run(pool_jobs.pid) != os.getpid()
 
 
+def test_preloaded_children_take_the_jobs(tmp_path: Path) -> None:
+    with make_pool(tmp_path, 2) as pool:
+        pool.preload()
+        children = {child.pid for child in workers_of(os.getpid())}
+        assert len(children) == 2
+        assert pool.run(pool_jobs.pid) in children
+        assert pool.run(pool_jobs.torch_is_loaded)
+
+
+def test_a_child_that_dies_while_it_loads_costs_nothing(tmp_path: Path) -> None:
+    with make_pool(tmp_path) as pool:
+        pool.preload()
+        (child,) = workers_of(os.getpid())
+        child.kill()
+        wait_until(lambda: is_gone(child.pid))
+        assert pool.run(pool_jobs.pid) != child.pid
+
+
+def test_a_job_finds_modules_on_a_path_that_came_after_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_the_user.py").touch()
+    with make_pool(tmp_path) as pool:
+        assert not pool.run(pool_jobs.can_import, "of_the_user")
+        monkeypatch.syspath_prepend(tmp_path)
+        assert pool.run(pool_jobs.can_import, "of_the_user")
+
+
 def test_slots_work_at_the_same_time(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     started: list[Slot] = []
     both = threading.Barrier(2, timeout=10)

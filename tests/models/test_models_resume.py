@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from torch.nn import functional as F
 from pbkd.config import AugmentConfig
 from pbkd.data import Batch, Split, Stream
 from pbkd.errors import TrainingError
-from pbkd.models import fit, training
-from pbkd.models.training import Loss, Recipe
+from pbkd.models import fit, run, training
+from pbkd.models.guard import Guard
+from pbkd.models.recipe import Recipe
+from pbkd.models.run import Loss
+from pbkd.models.training import fit_guarded
 from pbkd.testing import random_split
 
 NUM, BATCH_SIZE, EPOCHS = 24, 8, 5
@@ -260,14 +264,14 @@ def test_every_epoch_draws_anew(tmp_path: Path) -> None:
 def _rates(folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The rate of every step."""
     rates = []
-    make = training._optimizer
+    make = run.make_optimizer
 
     def recorded(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         optimizer = make(model, recipe)
         optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
         return optimizer
 
-    monkeypatch.setattr(training, "_optimizer", recorded)
+    monkeypatch.setattr(run, "make_optimizer", recorded)
     _result(folder, recipe=recipe, checkpoint=None)
     monkeypatch.undo()
     return rates
@@ -302,6 +306,57 @@ def test_one_cycle_rises_for_a_quarter_and_falls(
 def test_optimizers_train_differently(tmp_path: Path) -> None:
     histories = {_result(tmp_path, recipe=r, checkpoint=None)[2] for r in RECIPES.values()}
     assert len(histories) == len(RECIPES)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+def test_a_training_killed_after_a_restart_ends_as_one_that_was_not(
+    tmp_path: Path, step: int
+) -> None:
+    """The rate of the first attempt diverges in its second epoch, in every process."""
+    history, checkpoint = tmp_path / "history.jsonl", tmp_path / "a.pt"
+    guard = Guard(patience=3, restarts=2)
+
+    def train(model: nn.Module, kill_at: int | None, path: Path | None) -> tuple[object, ...]:
+        done = 0
+
+        def loss(batch: Batch, logits: Tensor) -> Tensor:
+            nonlocal done
+            first = '"restarts": 1' not in history.read_text() and restarts() == 0
+            late = len(history.read_text().splitlines()) >= 1
+            if logits.requires_grad:
+                if not first:
+                    done += 1
+                if done == kill_at:
+                    raise Killed
+            bad = float("nan") if first and late else 1.0
+            return _learn(batch, logits) * bad
+
+        def restarts() -> int:
+            return int("beginning again" in messages.getvalue())
+
+        fitted = fit_guarded(
+            model, _stream(0), _stream(1), loss, RECIPE, guard, history=history, checkpoint=path
+        )
+        return fitted.val_accuracy, fitted.epochs, fitted.stopped, fitted.restarts
+
+    messages = io.StringIO()
+    handler = logging.StreamHandler(messages)
+    logger = logging.getLogger("pbkd.models.run")
+    logger.addHandler(handler)
+    try:
+        model = _model()
+        expected = train(model, None, None), model.state_dict(), history.read_text()
+        assert expected[0][3] == 1
+        messages.truncate(0), messages.seek(0)
+        with pytest.raises(Killed):
+            train(_model(), step, checkpoint)
+        model = _model()
+        found = train(model, None, checkpoint), model.state_dict(), history.read_text()
+    finally:
+        logger.removeHandler(handler)
+    assert found[0] == expected[0]
+    assert found[2] == expected[2]
+    assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
 
 
 FULL: list[Exception] = [

@@ -15,7 +15,10 @@ from pbkd.config import AugmentConfig
 from pbkd.data import Batch, Split, Stream
 from pbkd.errors import TrainingError
 from pbkd.models import fit, predict
-from pbkd.models.training import Loss, Recipe
+from pbkd.models.guard import Guard, Watch
+from pbkd.models.recipe import Recipe
+from pbkd.models.run import Fitted, Loss
+from pbkd.models.training import fit_guarded, measure_pace
 from pbkd.testing import random_split
 
 NUM = 24
@@ -164,6 +167,187 @@ def test_training_is_repeatable(tmp_path: Path) -> None:
         _fit(model, _learn, tmp_path / "history.jsonl")
     first, second = (model.get_parameter("1.weight") for model in models)
     assert torch.equal(first, second)
+
+
+# ---------------------------------------------------------------- guarded
+
+
+def _guarded(model: nn.Module, loss: Loss, history: Path, guard: Guard, **recipe: object) -> Fitted:
+    settings = {"epochs": 8, "batch_size": 8, "lr": 0.5, "weight_decay": 0.0} | recipe
+    return fit_guarded(
+        model,
+        _stream(),
+        _stream(seed=1),
+        loss,
+        Recipe(**settings),  # type: ignore[arg-type]
+        guard,
+        history=history,
+    )
+
+
+def _spoilt_after(steps: int, spoil: Loss) -> Loss:
+    """Learns; from step number ``steps`` on, does something else."""
+    done = 0
+
+    def loss(batch: Batch, logits: Tensor) -> Tensor:
+        nonlocal done
+        done += logits.requires_grad
+        return (_learn if done <= steps else spoil)(batch, logits)
+
+    return loss
+
+
+def test_without_trouble_the_guard_changes_nothing(tmp_path: Path) -> None:
+    plain, guarded = _linear(), _linear()
+    accuracy = _fit(plain, _learn, tmp_path / "a.jsonl", epochs=4)
+    got = _guarded(guarded, _learn, tmp_path / "b.jsonl", Guard(patience=4, restarts=2), epochs=4)
+    assert (got.val_accuracy, got.epochs, got.stopped, got.restarts) == (accuracy, 4, "epochs", 0)
+    assert torch.equal(plain.get_parameter("1.weight"), guarded.get_parameter("1.weight"))
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize(("schedule", "risen"), [("one_cycle", 4), ("cosine", 0)])
+def test_patience_counts_epochs_after_the_rise_and_among_themselves(
+    tmp_path: Path, patience: int, schedule: str, risen: int
+) -> None:
+    """The start is better than every epoch, and is of no account."""
+    guard = Guard(patience=patience)
+    model = _linear(scale=1.0)
+    path = tmp_path / "history.jsonl"
+
+    def idle(batch: Batch, logits: Tensor) -> Tensor:
+        return logits.sum() * 0 + 1
+
+    got = _guarded(model, idle, path, guard, epochs=16, schedule=schedule)
+    assert (got.stopped, got.epochs) == ("plateau", risen + 1 + patience)
+
+
+def test_a_better_epoch_renews_the_patience() -> None:
+    watch = Watch(start_accuracy=0.9)
+    accuracies = [0.5, 0.5, 0.6, 0.6, 0.55, 0.61, 0.61, 0.6, 0.61]
+    stops = [watch.is_plateau(accuracy, patience=3) for accuracy in accuracies]
+    assert stops == [False] * 8 + [True]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_a_loss_out_of_bounds_begins_again_at_a_quarter_of_the_rate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    def spoil(batch: Batch, logits: Tensor) -> Tensor:
+        return _learn(batch, logits) * 0 + value
+
+    path = tmp_path / "history.jsonl"
+    model, expected = _linear(), _linear()
+    done = 0
+
+    def loss(batch: Batch, logits: Tensor) -> Tensor:
+        nonlocal done
+        done += logits.requires_grad
+        return (spoil if done in (5, 6) else _learn)(batch, logits)
+
+    got = _guarded(model, loss, path, Guard(restarts=1), lr=0.02)
+    assert (got.stopped, got.restarts, got.epochs) == ("epochs", 1, 1 + 8)
+    _guarded(expected, _learn, tmp_path / "b.jsonl", Guard(), lr=0.02 / 4)
+    assert torch.equal(model.get_parameter("1.weight"), expected.get_parameter("1.weight"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["restarts"] for line in lines] == [0] + [1] * 8
+    assert [line["epoch"] for line in lines] == [0, *range(8)]
+    assert "beginning again at lr 0.005" in caplog.text
+
+
+def test_a_collapse_of_the_accuracy_is_a_divergence_once_the_rate_has_risen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _linear(scale=1.0)
+
+    def turned(batch: Batch, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, 1 - batch.labels_n)
+
+    got = _guarded(model, turned, tmp_path / "history.jsonl", Guard(restarts=0), lr=0.5)
+    assert (got.val_accuracy, got.stopped) == (1.0, "diverged")
+    assert len(_accuracies(tmp_path / "history.jsonl")) == 2  # of the rise
+    assert "epoch 2: the validation accuracy is 0.1667, below 0.5 times the 1.0000" in caplog.text
+    assert torch.equal(model.get_parameter("1.weight"), _linear(1.0).get_parameter("1.weight"))
+
+
+def test_the_best_weights_of_before_the_divergence_are_kept(tmp_path: Path) -> None:
+    def spoil(batch: Batch, logits: Tensor) -> Tensor:
+        return logits.sum() * float("nan")
+
+    path = tmp_path / "history.jsonl"
+    got = _guarded(_linear(), _spoilt_after(10, spoil), path, Guard(restarts=1))
+    assert (got.stopped, got.restarts) == ("diverged", 1)
+    assert got.val_accuracy == max(_accuracies(path)) > 0.5
+
+
+def test_weights_that_give_no_number_are_never_kept(tmp_path: Path) -> None:
+    """Of a NaN, argmax makes a class, which may be the right one as often as the start's."""
+
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = torch.zeros(len(x), 2) + self.weight
+            return logits if self.training else logits / (self.weight == 0)
+
+    model = Fragile()
+    got = _guarded(model, _learn, tmp_path / "history.jsonl", Guard(restarts=1))
+    assert got.stopped == "diverged"
+    assert torch.equal(model.weight, torch.zeros(2))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7])
+def test_a_number_of_steps_may_end_within_an_epoch(tmp_path: Path, num_steps: int) -> None:
+    done = 0
+
+    def counted(batch: Batch, logits: Tensor) -> Tensor:
+        nonlocal done
+        done += logits.requires_grad
+        return _learn(batch, logits)
+
+    path = tmp_path / "history.jsonl"
+    got = _guarded(_linear(), counted, path, Guard(), num_steps=num_steps)
+    assert done == num_steps
+    assert got.epochs == -(-num_steps // 3)
+
+
+def test_there_is_a_sign_of_life_per_step_and_batch(tmp_path: Path) -> None:
+    beats = 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+
+    recipe = Recipe(epochs=2, batch_size=8, lr=0.1, weight_decay=0.0)
+    path = tmp_path / "history.jsonl"
+    fit_guarded(
+        _linear(),
+        _stream(),
+        _stream(1),
+        _learn,
+        recipe,
+        Guard(),
+        history=path,
+        after_step=beat,
+    )
+    assert beats == 2 * 3 + 3  # steps, and validations of one batch each
+
+
+def test_the_pace_is_taken_on_a_copy() -> None:
+    model = _linear()
+    recipe = Recipe(epochs=1, batch_size=8, lr=0.1, weight_decay=0.0)
+    before = torch.get_rng_state()
+    pace = measure_pace(model, _stream(), _stream(1), _learn, recipe, 0.05)
+    assert 0 < pace.step_s < 1
+    assert 0 < pace.validation_s < 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model.get_parameter("1.weight"), _linear().get_parameter("1.weight"))
+
+
+# ---------------------------------------------------------------- prediction
 
 
 @pytest.mark.parametrize("training", [True, False])

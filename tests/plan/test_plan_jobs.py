@@ -58,6 +58,7 @@ def networks(draw: st.DrawFn, max_blocks: int = 10, max_trainees: int = 24) -> N
             has_input=draw(st.integers(0, 3)) == 0,
             has_output=draw(st.integers(0, 3)) == 0,
             has_cut=draw(st.integers(0, 3)) == 0,
+            before_score_s=number * draw(FEW_SECONDS),
         )
         for number in range(draw(st.integers(1, max_blocks)))
     ]
@@ -84,6 +85,7 @@ def _job_cost(job: PlannedJob, network: Network, limits: Limits) -> float:
     members = [trainee for trainee in trainees if trainee.name in job.trainees]
     numbers = sorted({paths.index(trainee.block) for trainee in members})
     cost = limits.job_s + sum(trainee.own_s for trainee in members)
+    cost += max(block.before_score_s for block in blocks[: numbers[-1] + 1])
     if job.source == "cache":
         return cost + sum(blocks[n].read_input_s + blocks[n].read_output_s for n in numbers)
     start = 0 if job.start is None else paths.index(job.start)
@@ -245,6 +247,7 @@ def _walls_of(
         numbers = sorted({paths.index(trainee.block) for trainee in group})
         base = limits.job_s + sum(trainee.own_s for trainee in group)
         until = numbers[-1] + 1
+        base += max(block.before_score_s for block in blocks[:until])
         reads = sum(blocks[n].read_input_s + blocks[n].read_output_s for n in numbers)
         sides = frozenset((n, side) for n in numbers for side in ("input", "output"))
         whole = sum(block.teacher_s for block in blocks[:until])

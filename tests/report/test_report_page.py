@@ -19,21 +19,21 @@ from pbkd.report import (
     Metrics,
     ReportInputs,
     TraineeFigures,
-    read_measured,
     read_metrics,
     render,
 )
 from pbkd.report.page import prediction_note
-from pbkd.report.plots import accuracy_by_size, candidate_keys, damages, jobs, loss_curves
+from pbkd.report.plots import candidate_keys, damages, jobs, loss_curves
 from pbkd.report.svg import log_ticks, series_style
 from pbkd.stages.distill import read_distilled
 from pbkd.students import Choice
 from tests.report.html_page import Page
+from tests.report.made_up import family
 
 
 @pytest.fixture(scope="module")
-def figures(_finished) -> tuple[Metrics, Measured]:
-    return read_metrics(_finished / "results"), read_measured(_finished / "results")
+def figures() -> tuple[Metrics, Measured]:
+    return family(1, limits=1)
 
 
 def trainee(block: str, candidate: str, kl: float | None = 0.25) -> TraineeFigures:
@@ -60,7 +60,7 @@ def page_of(
             params=Params(),
             metrics=figures[0],
             measured=figures[1].model_copy(update=measured),
-            choices={"default": [kept(name, kl)]},
+            choices={"half": [kept(name, kl)]},
             trainees=[trainee(name, candidate, kl)],
             max_damage=1.0,
         )
@@ -117,12 +117,13 @@ def test_the_page_of_a_run_names_every_block_and_candidate_and_figure(finished):
     text = (finished.results / REPORT).read_text()
     page = Page(text)
     for item in read_distilled(finished):
-        assert page.text.count(item.result.block) == 3  # both pictures and the table
+        assert page.text.count(item.result.block) == 4  # both pictures and two tables
         assert item.result.candidate in page.text
         assert f"{item.damage.kl:.4f}" in page.text
     metrics = read_metrics(finished.results)
     assert f"{metrics.teacher.num_parameters:,}" in page.text
-    assert f"{metrics.students['default'].test_accuracy:.2%}" in page.text
+    (student,) = metrics.students.values()
+    assert f"{student.test_accuracy:.2%}" in page.text
     assert any(line.startswith("vgg_small at ") for line in page.text)
     machine = read_json(finished.results / "measured.json")["machine"]
     assert {machine["torch"], machine["python"], __version__} <= set(page.text)
@@ -143,7 +144,7 @@ def test_the_page_of_a_run_shows_its_settings_by_section_with_defaults(finished)
 def test_pictures_scale_follow_the_pages_colours_and_have_a_text(figures):
     text = page_of(figures, block_phase=phase_of(3, 2))
     pictures = Page(text).all("svg")
-    assert len(pictures) == 5  # size, a key, damage, losses, jobs
+    assert len(pictures) == 4 + 3 + 4  # accuracy with marks; a key, damage, losses, jobs
     for attributes in pictures:
         assert {"width", "height"} & set(attributes) == set()
         assert attributes["viewbox"]
@@ -172,10 +173,11 @@ def test_names_are_shown_as_they_are_and_never_run(figures, name):
     page = Page(page_of(figures, name=name, candidate=name, network=name, block_phase=phase))
     assert page.all("script") == []
     assert page.all("img") == []
-    assert page.text.count(name) == 5  # damage, losses, the key, and the tables of blocks and jobs
-    assert f"{name} (teacher)" in page.text
+    # damage, losses, the key, the tables of blocks and jobs, twice in that of candidates
+    assert page.text.count(name) == 7
+    assert page.text.count(f"{name} (teacher)") == 4
     assert page.text.count(f"{name}, compressed") == 2  # the title and the heading
-    assert sum(name in str(picture["aria-label"]) for picture in page.all("svg")) == 3
+    assert sum(name in str(picture["aria-label"]) for picture in page.all("svg")) == 4 + 2
 
 
 def test_a_report_of_54_blocks_has_all_of_them_and_their_jobs(figures):
@@ -188,23 +190,24 @@ def test_a_report_of_54_blocks_has_all_of_them_and_their_jobs(figures):
                 params=Params(),
                 metrics=figures[0],
                 measured=figures[1].model_copy(update={"block_phase": phase_of(54, 4)}),
-                choices={"default": [kept(name, 2.0) for name in names]},
+                choices={"half": [kept(name, 2.0) for name in names]},
                 trainees=trainees,
                 max_damage=1.0,
             )
         )
     )
     for name in names:
-        assert page.text.count(name) == 3, name  # damage, losses, table
+        # damage, losses, choices; three candidates
+        assert page.text.count(name) == 6, name
     pictures = page.all("svg")
-    assert len(pictures) == 54 + 3 + 3
+    assert len(pictures) == 4 + 3 + 3 + 1 + 54 + 1
     drawn = page.text[page.text.index("Jobs on workers") :]
     assert all(drawn.count(str(number)) >= 2 for number in range(1, 55))  # chart and table
 
 
 def test_a_candidate_that_diverged_is_said_to_be_not_finite(figures):
     page = Page(page_of(figures, kl=None))
-    assert page.text.count("not finite") == 2  # the picture and the table
+    assert page.text.count("not finite") == 3  # the picture and two tables
     assert "nan" not in " ".join(page.text).lower()
 
 
@@ -220,7 +223,7 @@ def test_without_a_block_phase_the_page_says_so_and_draws_none(figures):
 def test_a_block_phase_that_lists_no_jobs_is_told_without_a_chart(figures):
     page = Page(page_of(figures, block_phase=phase_of(3, 2).model_copy(update={"jobs": ()})))
     assert any("3 jobs on 2 workers" in line for line in page.text)
-    assert len(page.all("svg")) == 4
+    assert len(page.all("svg")) == 4 + 3 + 3
 
 
 def test_figures_that_were_not_measured_are_said_to_be_so(figures):
@@ -233,21 +236,6 @@ def test_figures_that_were_not_measured_are_said_to_be_so(figures):
 
 
 # ---------------------------------------------------------------- single pictures
-
-
-def test_the_picture_of_accuracy_names_every_model(figures):
-    teacher = figures[0].teacher
-    metrics = Metrics(
-        teacher=teacher,
-        students={
-            name: figures[0].students["default"].model_copy(update={"file_bytes": size})
-            for name, size in (("one", 30_000), ("two", 2_000_000), ("same", 2_000_000))
-        },
-    )
-    text = accuracy_by_size(metrics, "net")
-    assert all(f">{name}</text>" in text for name in ("net (teacher)", "one", "two", "same"))
-    assert "one 30 kB" in text
-    assert "two 2 MB" in text
 
 
 @pytest.mark.parametrize(

@@ -8,40 +8,13 @@ from pbkd.errors import ArtifactError
 from pbkd.report import (
     BlockPhase,
     Measured,
-    Metrics,
     Table,
     block_phase_sentence,
-    final_table,
     read_measured,
     read_metrics,
     stage_table,
-    summary_sentence,
 )
-from pbkd.report.tables import accuracy_table, energy_sentences, job_table
-
-TEACHER = {
-    "val_accuracy": 0.98,
-    "test_accuracy": 0.95,
-    "num_parameters": 1_000_000,
-    "macs": 40_000_000,
-    "file_bytes": 4_000_000,
-}
-STEPS = {
-    "stitched_val_accuracy": 0.5,
-    "recalibrated_val_accuracy": 0.75,
-    "finetuned_val_accuracy": 0.97,
-    "blocks_replaced": 3,
-    "blocks_total": 5,
-}
-SMALL = TEACHER | STEPS | {"test_accuracy": 0.937, "num_parameters": 200_000, "macs": 10_000_000}
-SMALL |= {"file_bytes": 1_000_000, "bytes_ratio": 4.0}
-LARGE = SMALL | {"file_bytes": 2_000_000, "bytes_ratio": 2.0, "test_accuracy": 0.96}
-METRICS = Metrics.model_validate({"teacher": TEACHER, "students": {"large": LARGE, "small": SMALL}})
-
-
-def latency(batch_size: int, median_ms: float) -> dict[str, object]:
-    values = {"median_ms": median_ms, "p25_ms": median_ms, "p75_ms": median_ms, "repeats": 9}
-    return values | {"batch_size": batch_size, "threads": 2, "device": "cpu"}
+from pbkd.report.tables import energy_sentences, job_table
 
 
 def measured(**changes: object) -> Measured:
@@ -50,11 +23,7 @@ def measured(**changes: object) -> Measured:
         {
             "machine": machine | {"torch": "2"},
             "date": "2030-01-02",
-            "latency": {
-                "teacher": [latency(1, 3.0), latency(8, 12.0)],
-                "large": [latency(1, 2.0), latency(8, 6.0)],
-                "small": [latency(1, 6.0), latency(8, 4.0)],
-            },
+            "latency": {"teacher": []},
             "stages": {},
             "block_phase": None,
             **changes,
@@ -65,66 +34,6 @@ def measured(**changes: object) -> Measured:
 def rows(table: Table) -> dict[str, tuple[str, ...]]:
     assert all(len(row) == len(table.heads) for row in table.rows)
     return {row[0]: row[1:] for row in table.rows}
-
-
-def test_the_final_table_sets_each_student_against_the_teacher():
-    larger = LARGE | {"num_parameters": 2_000_000, "macs": 40_000_001}
-    students = {"large": larger, "small": SMALL}
-    metrics = Metrics.model_validate({"teacher": TEACHER, "students": students})
-    table = final_table(metrics, measured())
-    assert table.heads == ("", "teacher", "large", "small")
-    assert rows(table) == {
-        "accuracy (test)": ("95.00%", "96.00%", "93.70%"),
-        "accuracy (validation)": ("98.00%", "98.00%", "98.00%"),
-        "parameters": ("1,000,000", "2,000,000 (2.0x more)", "200,000 (5.0x less)"),
-        "MACs per image": ("40,000,000", "40,000,001 (the same)", "10,000,000 (4.0x less)"),
-        "file bytes": ("4,000,000", "2,000,000 (2.0x less)", "1,000,000 (4.0x less)"),
-        "latency, batch 1 (ms)": ("3.00", "2.00 (1.50x faster)", "6.00 (2.00x slower)"),
-        "latency, batch 8 (ms)": ("12.00", "6.00 (2.00x faster)", "4.00 (3.00x faster)"),
-    }
-
-
-def test_without_latencies_the_final_table_has_no_row_for_them():
-    nothing = measured(latency={"teacher": [], "large": [], "small": []})
-    assert not any("latency" in row for row in rows(final_table(METRICS, nothing)))
-
-
-@pytest.mark.parametrize(
-    ("medians", "expected"),
-    [
-        ({1: (3.0, 2.0)}, "1.50x faster at batch 1, "),
-        ({1: (3.0, 6.0)}, "2.00x slower at batch 1, "),
-        ({8: (3.0, 3.001)}, "as fast at batch 8, "),
-        (
-            {1: (3.0, 6.0), 8: (9.0, 9.0), 64: (9.0, 6.0)},
-            "2.00x slower at batch 1 and 1.50x faster at batch 64, ",
-        ),
-        ({64: (9.0, 6.0), 1: (3.0, 6.0)}, "2.00x slower at batch 1 and 1.50x faster at batch 64, "),
-        ({}, ""),
-    ],
-)
-def test_the_summary_is_about_the_smallest_student(medians, expected):
-    teacher = [latency(batch, pair[0]) for batch, pair in medians.items()]
-    own = [latency(batch, pair[1]) for batch, pair in medians.items()]
-    figures = measured(latency={"teacher": teacher, "large": teacher, "small": own})
-    sentence = f"at 25% of its bytes (student small), {expected}-1.3 points of test accuracy."
-    assert summary_sentence(METRICS, figures) == f"The teacher {sentence}"
-    assert summary_sentence(METRICS, figures, "vgg_small") == f"vgg_small {sentence}"
-
-
-def test_the_summary_does_not_name_the_only_student():
-    metrics = Metrics.model_validate({"teacher": TEACHER, "students": {"small": SMALL}})
-    assert "student" not in summary_sentence(metrics, measured())
-
-
-def test_accuracy_is_shown_step_by_step():
-    assert rows(accuracy_table(METRICS))["small"] == (
-        "3 of 5",
-        "50.00%",
-        "75.00%",
-        "97.00%",
-        "98.00%",
-    )
 
 
 @pytest.mark.parametrize(
@@ -220,6 +129,14 @@ def test_the_block_phase_is_set_against_its_prediction(predicted_s, expected):
     phase = PHASE | {"energy_j": None, "predicted_s": predicted_s}
     sentence = block_phase_sentence(measured(block_phase=phase))
     assert sentence.startswith(f"Block phase: 5 jobs on 2 workers, {expected}18.0 s of work")
+
+
+@pytest.mark.parametrize(
+    ("score_s", "expected"), [(None, "18.0 s of work, "), (1.8, "work (10.0% of it scored the c")]
+)
+def test_what_scoring_took_is_a_share_of_the_work(score_s, expected):
+    phase = PHASE | {"energy_j": None, "score_s": score_s}
+    assert expected in block_phase_sentence(measured(block_phase=phase))
 
 
 @pytest.mark.parametrize("read", [read_metrics, read_measured])

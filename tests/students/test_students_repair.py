@@ -1,113 +1,266 @@
-"""Recalibrated batch norm against averages taken by hand."""
+"""Repair: what learns, from what, and that it never ends worse than it began."""
 
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pbkd.config import AugmentConfig
+from pbkd.blocks import build_candidate, swap
+from pbkd.config import AugmentConfig, RepairConfig, SeparableConfig
 from pbkd.data import Split, Stream
-from pbkd.models import NetworkSpec, build_network
-from pbkd.students import recalibrate
-from pbkd.testing import random_split
+from pbkd.distill import damage_kl, relative_l2
+from pbkd.models import Classifier, NetworkSpec, build_network, predict
+from pbkd.students.recalibrate import recalibrate
+from pbkd.students.repair import repair
+from pbkd.testing import OverwritingNet, random_split
 
+METHODS = ["local", "joint"]
 BATCH = 16
+PLAIN = Stream(random_split(64), seed=1, augment=AugmentConfig(pad=1))
+RGB = Stream(random_split(64, channels=3), seed=1, augment=AugmentConfig(flip=True))
+VAL = Stream(random_split(40, seed=9), seed=1, augment=AugmentConfig())
 
 
-@pytest.fixture
-def train() -> Stream:
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (100, 3, 8, 8), dtype=np.uint8)
-    split = Split(images, generator.integers(0, 4, 100))
-    return Stream(split, seed=1, augment=AugmentConfig(pad=1))
+def classifier(net: nn.Module, channels: int = 1) -> Classifier:
+    return Classifier(net, (0.5,) * channels, (0.25,) * channels).eval()
 
 
-@pytest.fixture
-def net() -> nn.Module:
+class Dropping(nn.Module):
+    """Convolutions with batch norm and dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+        )
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def pair(kind: str = "dropping") -> tuple[Classifier, Classifier, list[str], Stream]:
+    """Teacher, student with fresh separable candidates, their paths, and images."""
     torch.manual_seed(0)
-    net = build_network(
-        NetworkSpec(name="cifar_resnet20", num_classes=4, in_channels=3, width=0.25)
-    )
-    net(torch.rand(4, 3, 8, 8))  # statistics of a life before
-    return net.eval()
-
-
-def norms_of(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-
-
-def inputs_by_hand(model: nn.Module, train: Stream, num_batches: int) -> dict[str, list[Tensor]]:
-    """What each batch norm sees in training mode, batch by batch."""
-    model = copy.deepcopy(model).train()
-    inputs: dict[str, list[Tensor]] = {}
-    for name, norm in norms_of(model).items():
-        seen = inputs.setdefault(name, [])
-        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].double()))
+    train = PLAIN
+    if kind == "dropping":
+        teacher, paths = classifier(Dropping()), ["features.0", "features.4"]
+    elif kind == "residual":
+        spec = NetworkSpec(name="cifar_resnet20", num_classes=3, in_channels=3, width=0.25)
+        paths = ["layer1.0", "layer2.0", "layer3.2"]
+        teacher, train = classifier(build_network(spec), 3), RGB
+    else:
+        paths = ["stem", "branch", "entry", "tail"]
+        teacher = classifier(OverwritingNet(in_place=kind == "overwriting"))
+    recalibrate(teacher, train, num_batches=4, batch_size=BATCH)
     with torch.no_grad():
-        for index, batch in enumerate(train.epoch(0, BATCH)):
-            if index < num_batches:
-                model(batch.images_nchw)
-    return inputs
+        teacher.net.fc.weight.mul_(20)  # so that the logits tell good features from bad ones
+    student = copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    blocks = {
+        path: build_candidate(SeparableConfig(), student.net.get_submodule(path)) for path in paths
+    }
+    swap(student.net, blocks)
+    recalibrate(student, train, num_batches=4, batch_size=BATCH)
+    return teacher, student, paths, train
 
 
-@pytest.mark.parametrize("num_batches", [1, 4])
-def test_statistics_are_plain_averages_over_the_batches(net, train, num_batches):
-    inputs = inputs_by_hand(net, train, num_batches)
-    recalibrate(net, train, num_batches=num_batches, batch_size=BATCH)
-    for name, norm in norms_of(net).items():
-        assert len(inputs[name]) == num_batches
-        mean = torch.stack([x.mean((0, 2, 3)) for x in inputs[name]]).mean(0)
-        variance = torch.stack([x.var((0, 2, 3), unbiased=True) for x in inputs[name]]).mean(0)
-        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-4, atol=1e-5)
+def run(
+    folder: Path,
+    kind: str = "dropping",
+    method: str = "joint",
+    *,
+    train: Stream | None = None,
+    paths: list[str] | None = None,
+    **settings: float,
+) -> tuple[Classifier, list[dict[str, float]]]:
+    teacher, student, all_paths, images = pair(kind)
+    config = RepairConfig.model_validate(
+        {"epochs": 2, "batch_size": BATCH, "method": method, **settings}
+    )
+    history = folder / "repair.jsonl"
+    repair(student, teacher, paths or all_paths, train or images, config, history)
+    return student, [json.loads(line) for line in history.read_text().splitlines()]
 
 
-def test_no_more_batches_are_used_than_an_epoch_has(net, train):
-    recalibrate(net, train, num_batches=1000, batch_size=BATCH)
-    assert {int(norm.num_batches_tracked) for norm in norms_of(net).values()} == {100 // BATCH}
+def kl(teacher: Classifier, student: Classifier, stream: Stream) -> float:
+    logits = [predict(m, stream, batch_size=64).logits_nk for m in (teacher, student)]
+    return float(damage_kl(*logits))
 
 
-def test_weights_momentum_and_mode_are_as_before(net, train):
-    for index, norm in enumerate(norms_of(net).values()):
-        norm.momentum = None if index == 0 else 0.01 * index
-    momenta = [norm.momentum for norm in norms_of(net).values()]
-    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
-    recalibrate(net, train, num_batches=2, batch_size=BATCH)
-    assert [norm.momentum for norm in norms_of(net).values()] == momenta
-    assert all(torch.equal(before[name], p) for name, p in net.named_parameters())
-    assert not any(module.training for module in net.modules())
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    theirs = other.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
 
 
-def test_what_the_statistics_were_does_not_matter(net, train):
-    other = copy.deepcopy(net)
-    for norm in norms_of(other).values():
-        norm.running_mean.fill_(100)
-    for model in (net, other):
-        recalibrate(model, train, num_batches=2, batch_size=BATCH)
-    for own, norm in zip(norms_of(net).values(), norms_of(other).values(), strict=True):
-        assert torch.equal(own.running_mean, norm.running_mean)
+@pytest.mark.parametrize("kind", ["dropping", "residual", "overwriting"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_student_comes_nearer_to_its_teacher(tmp_path, kind, method):
+    student, lines = run(tmp_path, kind, method, epochs=6, lr=1e-2)
+    teacher, before, _, train = pair(kind)
+    assert lines[-1]["train_loss"] < lines[1]["train_loss"]
+    assert kl(teacher, student, train) < kl(teacher, before, train)
+    assert [line["epoch"] for line in lines] == list(range(-1, 6))
+    assert lines[0]["train_loss"] is None
+    assert lines[0]["kl"] == pytest.approx(kl(teacher, before, train))
 
 
-def test_a_model_without_batch_norm_is_left_alone(train):
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
-    before = copy.deepcopy(model.state_dict())
-    recalibrate(model, train, num_batches=2, batch_size=BATCH)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_are_not_used(tmp_path, method):
+    rng = np.random.default_rng(5)
+    split = random_split(64)
+    shuffled = Split(split.images, rng.permutation(split.labels))
+    assert (shuffled.labels != split.labels).any()
+    other = Stream(shuffled, seed=1, augment=AugmentConfig(pad=1))
+    assert_same(run(tmp_path, method=method)[0], run(tmp_path, method=method, train=other)[0])
 
 
-def test_dropout_does_not_disturb_the_statistics() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Dropout(0.9), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
-    stream = Stream(random_split(32), seed=0, augment=AugmentConfig())
-    found = []
-    for _ in range(2):
-        recalibrate(net, stream, num_batches=2, batch_size=16)
-        found.append(net[2].running_var.clone())
-    assert torch.equal(*found)
-    plain = nn.Sequential(*list(net)[1:])
-    recalibrate(plain, stream, num_batches=2, batch_size=16)
-    assert torch.equal(plain[1].running_var, found[0])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_teacher_is_left_as_it_was(tmp_path, method):
+    teacher, student, paths, train = pair()
+    before = copy.deepcopy(teacher)
+    config = RepairConfig(method=method, batch_size=BATCH)
+    repair(student, teacher, paths, train, config, tmp_path / "repair.jsonl")
+    assert_same(teacher, before)
+    assert not any(module.training or module._forward_hooks for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_that_overwrite_activations_change_nothing(tmp_path, method):
+    found, lines = run(tmp_path, "overwriting", method)
+    expected, expected_lines = run(tmp_path, "not overwriting", method)
+    assert lines == expected_lines
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_it_never_ends_worse_than_it_began(tmp_path, method, lr):
+    student, lines = run(tmp_path, method=method, lr=lr)
+    assert_same(student, pair()[1])
+    assert all(line["kl"] is None or line["kl"] >= lines[0]["kl"] for line in lines)
+
+
+def test_the_weights_of_the_best_epoch_are_kept_by_the_validation_images(tmp_path):
+    teacher, student, paths, train = pair()
+    config = RepairConfig(epochs=4, batch_size=BATCH, lr=3e-2)
+    history = tmp_path / "repair.jsonl"
+    repair(student, teacher, paths, train, config, history, val=VAL)
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert kl(teacher, student, VAL) == pytest.approx(min(line["kl"] for line in lines))
+
+
+@pytest.mark.parametrize("settings", [{"method": "none"}, {"epochs": 0}])
+def test_nothing_to_do(tmp_path, settings):
+    student, lines = run(tmp_path, **settings)
+    assert_same(student, pair()[1])
+    assert lines == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("paths", [["branch"], ["branch", "tail"]])
+def test_a_candidate_without_weights_is_no_obstacle(tmp_path, method, paths):
+    teacher, student, _, train = pair("overwriting")
+    swap(student.net, {"branch": nn.Identity()})
+    config = RepairConfig(method=method, batch_size=BATCH)
+    repair(student, teacher, paths, train, config, tmp_path / "repair.jsonl")
+    assert kl(teacher, student, train) >= 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_learns(tmp_path, method):
+    student, _ = run(tmp_path, method=method, epochs=6, lr=1e-2)
+    _, before, paths, _ = pair()
+    theirs = dict(before.named_parameters())
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, theirs[name])}
+    blocks = {n for n in theirs if any(n.startswith(f"net.{path}.") for path in paths)}
+    between = {"net.features.1.weight", "net.features.1.bias"}  # nothing compares what comes after
+    assert changed == (blocks | between if method == "joint" else blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mode_gradients_and_hooks_are_as_before(tmp_path, method):
+    teacher, student, paths, train = pair()
+    student.net.fc.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in student.parameters()]
+    config = RepairConfig(method=method, batch_size=BATCH)
+    repair(student, teacher, paths, train, config, tmp_path / "repair.jsonl")
+    assert [parameter.requires_grad for parameter in student.parameters()] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert not any(module.training for module in student.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_depend_on_the_streams_seed_alone_and_change_no_other(tmp_path, method):
+    students = []
+    for seed in (1, 2):
+        teacher, student, paths, train = pair()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        config = RepairConfig(method=method, batch_size=BATCH)
+        repair(student, teacher, paths, train, config, tmp_path / "repair.jsonl")
+        assert torch.equal(torch.get_rng_state(), before)
+        students.append(student)
+    assert_same(*students)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_how_far_gradients_go(tmp_path, method):
+    """The first block learns from the second one's loss where gradients go through the student."""
+    gradients: list[Tensor] = []
+    for paths in (["features.0"], ["features.0", "features.4"]):
+        teacher, student, _, train = pair()
+        found: list[Tensor] = []
+        student.net.features[0].depthwise0.weight.register_hook(found.append)
+        config = RepairConfig(method=method, batch_size=BATCH)
+        repair(student, teacher, paths, train, config, tmp_path / "repair.jsonl")
+        gradients.append(found[0] * (len(paths) if method == "joint" else 1))  # a mean of losses
+    equal = torch.allclose(*gradients)
+    assert equal == (method != "joint")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_block_gets_and_what_its_loss_is(tmp_path, method):
+    """The student's own input, with the teacher's output for the teacher's input; one batch."""
+    teacher, student, _, train = pair("not overwriting")
+    gets: dict[str, Tensor] = {}
+    handles = [
+        net.net.get_submodule("tail").register_forward_pre_hook(
+            lambda _, args, name=name: gets.setdefault(name, args[0].clone())
+        )
+        for name, net in (("teacher", teacher), ("student", student))
+    ]
+    images = next(train.epoch(0, 64)).images_nchw
+    with torch.no_grad():
+        teacher(images), student(images)
+    for handle in handles:
+        handle.remove()
+    tail = copy.deepcopy(student.net.get_submodule("tail"))
+    seen: list[Tensor] = []
+    student.net.get_submodule("tail").depthwise0.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone()) if torch.is_grad_enabled() else None
+    )
+    config = RepairConfig(method=method, batch_size=64, lr=1e-12)
+    history = tmp_path / "repair.jsonl"
+    repair(student, teacher, ["tail"], train, config, history)
+    (got,) = seen
+    torch.testing.assert_close(got, gets["student"])
+    assert not torch.allclose(got, gets["teacher"])
+    with torch.no_grad():
+        loss = relative_l2(tail(got), teacher.net.get_submodule("tail")(gets["teacher"]))
+    line = json.loads(history.read_text().splitlines()[1])
+    assert line["train_loss"] == pytest.approx(float(loss), rel=1e-4)

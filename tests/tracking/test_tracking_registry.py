@@ -12,13 +12,14 @@ import pytest
 
 from pbkd.artifacts import Workspace
 from pbkd.models import ModelCard
-from pbkd.report import REGISTERED, read_metrics
+from pbkd.report import REGISTERED, read_measured, read_metrics
 from pbkd.stages import StageContext, run_stage
 from pbkd.stages.register import is_registered
 from pbkd.students import load_model
 from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
 from pbkd.tracking.mlflow_run import mlflow_client
 from pbkd.tracking.registry import Candidate
+from pbkd.tracking.versions import read_versions
 
 
 def receipt_of(workspace: Workspace) -> Registered:
@@ -53,17 +54,29 @@ def client(workspace: Workspace):
 
 def test_teacher_and_student_are_versions_and_the_student_is_champion(workspace, client):
     receipt = receipt_of(workspace)
-    assert set(receipt.versions) == {"teacher", "default"}
+    assert set(receipt.versions) == {"teacher", "half"}
     champion = client.get_model_version_by_alias("tiny", "champion")
-    assert receipt.champion == str(champion.version) == receipt.versions["default"].version
+    assert receipt.champion == str(champion.version) == receipt.versions["half"].version
     for budget, entry in receipt.versions.items():
         tags = client.get_model_version("tiny", entry.version).tags
         assert tags["pbkd.budget"] == budget
         assert tags["pbkd.model_digest"] == entry.model_digest
-    figures = read_metrics(workspace.results).students["default"].model_dump()
+    figures = read_metrics(workspace.results).students["half"].model_dump()
     for key in ("val_accuracy", "file_bytes"):
         assert float(champion.tags[f"pbkd.{key}"]) == pytest.approx(figures[key], rel=1e-9)
     assert f"{figures['test_accuracy']:.2%} on the test split" in champion.description
+
+
+def test_the_stage_puts_limits_latency_and_lineage_on_the_version(workspace, client):
+    teacher, student = read_versions(client, "tiny")
+    measured = read_measured(workspace.results)
+    assert student.limits == read_metrics(workspace.results).students["half"].limits
+    assert list(student.limits) == ["macs"]
+    latency = student.latency[measured.machine.machine_id]
+    assert [e.median_ms for e in latency.entries] == [e.median_ms for e in measured.latency["half"]]
+    assert (student.teacher_digest, student.teacher_version) == (teacher.model_digest, "1")
+    assert student.params_digest
+    assert student.weights_digest
 
 
 def test_the_receipt_has_no_path_of_this_machine(workspace):
@@ -81,7 +94,7 @@ def test_registering_again_gives_the_same_versions_and_receipt(workspace, client
 
 def test_figures_of_a_model_are_found_by_one_name_for_all_models(workspace, client):
     metrics = read_metrics(workspace.results)
-    student, teacher = metrics.students["default"], metrics.teacher
+    student, teacher = metrics.students["half"], metrics.teacher
     assert student.val_accuracy < teacher.val_accuracy
     experiment = client.get_experiment_by_name("pbkd").experiment_id
 
@@ -89,9 +102,9 @@ def test_figures_of_a_model_are_found_by_one_name_for_all_models(workspace, clie
         models = client.search_logged_models([experiment], filter_string=condition)
         return {model.name for model in models}
 
-    assert found("metrics.val_accuracy >= 0") == {"teacher", "default"}
+    assert found("metrics.val_accuracy >= 0") == {"teacher", "half"}
     assert found(f"metrics.val_accuracy > {student.val_accuracy + 1e-6}") == {"teacher"}
-    assert found(f"metrics.file_bytes < {teacher.file_bytes}") == {"default"}
+    assert found(f"metrics.file_bytes < {teacher.file_bytes}") == {"half"}
     assert found(f"metrics.file_bytes < {teacher.file_bytes} AND metrics.macs < 1") == set()
 
 
@@ -101,8 +114,8 @@ def test_the_pipeline_run_shows_figures_and_series_under_names_of_their_own(work
     run = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
     metrics = read_metrics(workspace.results)
     assert run.data.metrics["teacher/val_accuracy"] == metrics.teacher.val_accuracy
-    student = metrics.students["default"]
-    assert run.data.metrics["default/test_accuracy"] == student.test_accuracy
+    student = metrics.students["half"]
+    assert run.data.metrics["half/test_accuracy"] == student.test_accuracy
     assert len(client.get_metric_history(run.info.run_id, "teacher/val_accuracy")) == 1
     assert len(client.get_metric_history(run.info.run_id, "teacher/training/val_accuracy")) == 3
     assert run.info.status == "FINISHED"
@@ -111,7 +124,7 @@ def test_the_pipeline_run_shows_figures_and_series_under_names_of_their_own(work
     models = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id]
     assert {r.data.tags["pbkd.model"]: r.info.status for r in models} == {
         "teacher": "FINISHED",
-        "default": "FINISHED",
+        "half": "FINISHED",
     }
 
 
@@ -148,7 +161,7 @@ def test_the_champion_gives_the_evaluated_accuracy_in_a_process_without_pbkd(
     )
     assert done.returncode == 0, done.stderr
     val, test, signature, class_names, has_example = done.stdout.splitlines()
-    student = read_metrics(workspace.results).students["default"]
+    student = read_metrics(workspace.results).students["half"]
     assert float(val) == pytest.approx(student.val_accuracy, abs=1e-6)
     assert float(test) == pytest.approx(student.test_accuracy, abs=1e-6)
     assert "float32" in signature
@@ -165,18 +178,18 @@ def test_pbkds_own_files_travel_with_the_version(workspace, client, tmp_path):
     folder = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path)))
     (card,) = folder.rglob("model.json")
     _, loaded = load_model(card.parent)
-    assert loaded.digest == receipt_of(workspace).versions["default"].model_digest
+    assert loaded.digest == receipt_of(workspace).versions["half"].model_digest
 
 
 def test_a_receipt_is_compared_with_the_registry(workspace, client):
     receipt = receipt_of(workspace)
     assert is_registered(workspace)
     assert still_registered(workspace, receipt)
-    entry = receipt.versions["default"]
+    entry = receipt.versions["half"]
     other = entry.model_copy(update={"model_digest": "other"})
     missing = entry.model_copy(update={"version": "99"})
     for wrong in (other, missing):
-        versions = receipt.versions | {"default": wrong}
+        versions = receipt.versions | {"half": wrong}
         assert not still_registered(workspace, receipt.model_copy(update={"versions": versions}))
     assert not still_registered(workspace, receipt.model_copy(update={"name": "unheard-of"}))
 
@@ -186,10 +199,10 @@ def test_a_receipt_is_compared_with_the_registry(workspace, client):
 
 @pytest.fixture
 def card(workspace) -> ModelCard:
-    return load_model(workspace.artifacts("shrink") / "default")[1]
+    return load_model(workspace.artifacts("shrink") / "half")[1]
 
 
-def put(client, name, card, digest, val_accuracy, file_bytes, data="d", budget="default") -> str:
+def put(client, name, card, digest, val_accuracy, file_bytes, data="d", budget="half") -> str:
     """A version as `register_models` makes it, without a model behind it."""
     tags = {
         "pbkd.model_digest": digest,
@@ -209,13 +222,11 @@ def champion_among(workspace, client, card, name, versions, max_accuracy_drop) -
     assert numbers == [str(i + 1) for i in range(len(versions))]
     params = StageContext.load(workspace).params
     known = card.model_copy(update={"digest": "digest-0", "data_digest": "d"})
-    model, _ = load_model(workspace.artifacts("shrink") / "default")
-    candidate = Candidate(
-        budget="default", folder=workspace.root, model=model, card=known, figures={}
-    )
+    model, _ = load_model(workspace.artifacts("shrink") / "half")
+    candidate = Candidate(budget="half", folder=workspace.root, model=model, card=known, figures={})
     run = PipelineRun.current(workspace, params)
     receipt = register_models(workspace, run, name, [candidate], max_accuracy_drop)
-    assert receipt.versions["default"].version == "1"
+    assert receipt.versions["half"].version == "1"
     aliases = client.get_registered_model(name).aliases
     assert {k: str(v) for k, v in aliases.items()} == (
         {} if receipt.champion is None else {"champion": receipt.champion}
@@ -247,9 +258,9 @@ def test_the_alias_stays_where_no_version_of_the_new_data_is_good_enough(workspa
     name = "stays"
     assert champion_among(workspace, client, card, name, [(0.9, 100)], 0.02) == "1"
     put(client, name, card, "new", 0.5, 50, "other data")
-    model, _ = load_model(workspace.artifacts("shrink") / "default")
+    model, _ = load_model(workspace.artifacts("shrink") / "half")
     known = card.model_copy(update={"digest": "new", "data_digest": "other data"})
-    candidate = Candidate(budget="default", folder=Path(), model=model, card=known, figures={})
+    candidate = Candidate(budget="half", folder=Path(), model=model, card=known, figures={})
     run = PipelineRun.current(workspace, StageContext.load(workspace).params)
     assert register_models(workspace, run, name, [candidate], 0.02).champion is None
     assert str(client.get_model_version_by_alias(name, "champion").version) == "1"
@@ -273,10 +284,10 @@ def test_neither_passwords_nor_paths_get_into_a_receipt(workspace, uri, expected
 def test_a_deleted_version_is_registered_anew(workspace, client):
     """The last test: it changes the shared workspace."""
     receipt = receipt_of(workspace)
-    client.delete_model_version("tiny", receipt.versions["default"].version)
+    client.delete_model_version("tiny", receipt.versions["half"].version)
     assert not is_registered(workspace)
     again = register(workspace)
-    assert again.versions["default"].version == "3"
+    assert again.versions["half"].version == "3"
     assert again.versions["teacher"] == receipt.versions["teacher"]
     assert again.champion == "3"
     assert is_registered(workspace)

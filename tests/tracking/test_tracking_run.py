@@ -16,14 +16,6 @@ from pbkd.tracking import PipelineRun
 from pbkd.tracking.mlflow_run import mlflow_client, tracking_uri
 
 
-@pytest.fixture(scope="session")
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; making its tables takes seconds."""
-    root = tmp_path_factory.mktemp("mlflow")
-    mlflow_client(Workspace(root, root / ".pbkd"))
-    return root / ".pbkd" / "mlflow.db"
-
-
 @pytest.fixture
 def workspace(new_store: Path, tmp_path: Path) -> Workspace:
     workspace = Workspace(tmp_path, tmp_path / ".pbkd")

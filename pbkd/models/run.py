@@ -1,0 +1,265 @@
+"""The state of one training, whole in a checkpoint, and what it does in an epoch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pbkd.artifacts import atomic_path
+from pbkd.data.batches import Batch, Stream
+from pbkd.errors import TrainingError
+from pbkd.models.guard import DivergedError, Guard, Watch
+from pbkd.models.inference import predict
+from pbkd.models.recipe import RISE, Recipe, make_optimizer, make_schedule
+from pbkd.seeding import derive_seed
+
+_log = logging.getLogger(__name__)
+
+_BATCH = 256
+_WINDOW = 50
+"""Steps after which the losses are read: rarely, because a GPU must be waited for."""
+_SLOWER = 4.0
+
+
+Loss = Callable[[Batch, Tensor], Tensor]
+"""(batch, the model's logits (B, K) float32) to a scalar."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a training's history; the loss is the mean over the epoch's steps.
+
+    Attributes:
+        restarts: how often the training had begun again; the epochs then count from 0 again.
+    """
+
+    epoch: int
+    train_loss: float
+    val_accuracy: float
+    restarts: int = 0
+
+
+Stopped = Literal["epochs", "plateau", "diverged"]
+"""Why a training ended: all epochs done, no better accuracy, or no restart left."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a guarded training ended.
+
+    Attributes:
+        val_accuracy: of the weights that were kept, 0 to 1.
+        epochs: finished ones, of all restarts together.
+        duration_s: validation included; of a resumed training, without what was lost.
+    """
+
+    val_accuracy: float
+    epochs: int
+    stopped: Stopped
+    restarts: int
+    duration_s: float
+
+
+class Run:
+    """The state of one training, whole in a checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Stream,
+        val: Stream,
+        loss: Loss,
+        recipe: Recipe,
+        guard: Guard | None = None,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.train, self.val = model, train, val
+        self.loss, self.recipe, self.guard = loss, recipe, guard
+        self.after_step = after_step
+        self.began_at, self.elapsed_s = time.monotonic(), 0.0
+        self.steps_per_epoch = sum(1 for _ in train.rows(0, recipe.batch_size))
+        self.num_steps = recipe.num_steps or recipe.epochs * self.steps_per_epoch
+        self.restarts = 0
+        self.history = ""
+        self.best_accuracy = _number(self.val_accuracy())
+        self.watch = Watch(self.best_accuracy)
+        self.start_state = self.best_state = _copy(model)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is new in each restart."""
+        recipe = replace(self.recipe, lr=self.recipe.lr / _SLOWER**self.restarts)
+        self.optimizer = make_optimizer(self.model, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, self.num_steps)
+        self.next_epoch = 0
+        self.watch = Watch(self.watch.start_accuracy)
+        self.stopped: Stopped | None = "epochs" if self.num_steps == 0 else None
+
+    def epoch(self) -> None:
+        """Train through the data once, and look at the validation split."""
+        try:
+            train_loss = self._train()
+            accuracy = self.val_accuracy()
+            guarded_now = self.guard is not None and self._has_risen
+            self.watch.check_accuracy(accuracy, has_risen=guarded_now)
+        except DivergedError as error:
+            self._diverged(f"epoch {self.next_epoch}: {error}")
+            return
+        number = self.next_epoch
+        record = EpochRecord(number, train_loss, accuracy, self.restarts)
+        self.history += json.dumps(asdict(record)) + "\n"
+        _log.info("epoch %d: loss %.4f, accuracy %.4f", number, train_loss, accuracy)
+        if accuracy >= self.best_accuracy:
+            self.best_accuracy, self.best_state = accuracy, _copy(self.model)
+        patience = self.guard.patience if self.guard is not None else None
+        if patience is not None and self._has_risen and self.watch.is_plateau(accuracy, patience):
+            self.stopped = "plateau"
+        self.next_epoch += 1
+        if self.next_epoch * self.steps_per_epoch >= self.num_steps:
+            self.stopped = "epochs"
+
+    def finish(self) -> Fitted:
+        """Put the best weights in."""
+        assert self.stopped is not None
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return Fitted(
+            val_accuracy=self.best_accuracy,
+            epochs=len(self.history.splitlines()),
+            stopped=self.stopped,
+            restarts=self.restarts,
+            duration_s=self.elapsed_s + time.monotonic() - self.began_at,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on, whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(self._content(), buffer)  # into a file, it would hide why it fails
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "elapsed_s": self.elapsed_s + time.monotonic() - self.began_at,
+            "watch": asdict(self.watch),
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in _STATES},
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint if there is one; a damaged one is left aside."""
+        if not path.is_file():
+            return
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001  a damaged file makes torch raise anything
+            _log.warning("checkpoint %s is damaged (%s); beginning again", path, error)
+            return
+        if not isinstance(content, dict) or content.keys() != self._content().keys():
+            _log.warning("checkpoint %s is of another version; beginning again", path)
+            return
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.watch = Watch(**content["watch"])
+        for name in ("elapsed_s", *_PLAIN):
+            setattr(self, name, content[name])
+        device = next(self.model.parameters()).device
+        for name in _STATES:
+            setattr(self, name, {key: t.to(device) for key, t in content[name].items()})
+        _log.info("going on after epoch %d", self.next_epoch - 1)
+
+    # ------------------------------------------------------------ one epoch
+
+    def _train(self) -> float:
+        """The epoch's steps; returns their mean loss."""
+        number = self.next_epoch
+        gpus = [torch.cuda.current_device()] if self.train.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # dropout draws
+            torch.manual_seed(derive_seed(self.train.seed, "fit", number))
+            self.model.train()
+            batches = self.train.epoch(number, self.recipe.batch_size)
+            left = self.num_steps - number * self.steps_per_epoch
+            losses: list[Tensor] = []
+            for batch in itertools.islice(batches, left):
+                losses.append(self.step(batch))
+                self.after_step()
+                if len(losses) % _WINDOW == 0:
+                    self.watch.check_loss(_mean(losses[-_WINDOW:]))
+            self.watch.check_loss(_mean(losses[-_WINDOW:]))
+        return _mean(losses)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimizer step; the loss stays on the device."""
+        device_type = batch.images_nchw.device.type
+        mixed = self.recipe.mixed_precision and device_type == "cuda"
+        with torch.autocast(device_type, torch.bfloat16, enabled=mixed):
+            logits_nk = self.model(batch.images_nchw)
+        step_loss = self.loss(batch, logits_nk.float())
+        if self.guard is not None and self.watch.max_loss is None:
+            equal = self.loss(batch, torch.zeros_like(logits_nk, dtype=torch.float32))
+            self.watch.first_loss(float(step_loss.detach()), float(equal))
+        self.optimizer.zero_grad(set_to_none=True)
+        step_loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.schedule.step()
+        return step_loss.detach()
+
+    def val_accuracy(self) -> float:
+        """Of the present weights, 0 to 1; NaN if a logit is not finite."""
+        found = predict(self.model, self.val, batch_size=_BATCH, after_batch=self.after_step)
+        # the largest of logits that are not finite would be a class like any other
+        return found.accuracy if bool(found.logits_nk.isfinite().all()) else math.nan
+
+    # ------------------------------------------------------------ the guard
+
+    @property
+    def _has_risen(self) -> bool:
+        """Whether the present epoch ends after the rise of the schedule."""
+        rise = RISE if self.recipe.schedule == "one_cycle" else 0.0
+        return (self.next_epoch + 1) * self.steps_per_epoch > rise * self.num_steps
+
+    def _diverged(self, what: str) -> None:
+        lr = self.recipe.lr / _SLOWER**self.restarts
+        if self.guard is None:
+            raise TrainingError(f"{what}; lower `lr` (now {lr:g})")
+        if self.restarts == self.guard.restarts:
+            _log.warning("%s at lr %g; no restart is left, the best weights stay", what, lr)
+            self.stopped = "diverged"
+            return
+        self.restarts += 1
+        _log.warning("%s at lr %g; beginning again at lr %g", what, lr, lr / _SLOWER)
+        self.model.load_state_dict(self.start_state)
+        self._begin()
+
+
+_PLAIN = ("next_epoch", "history", "best_accuracy", "restarts", "stopped")
+_STATES = ("start_state", "best_state")
+"""What a checkpoint holds of a run beside model, optimizer and schedule."""
+
+
+def _number(accuracy: float) -> float:
+    """Weights that give no number are the worst."""
+    return 0.0 if math.isnan(accuracy) else accuracy
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean())
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
