@@ -198,9 +198,9 @@ ROWS = [
     Row(weak_teacher, "teacher", ("validation accuracy", "expected at least 1", "min_accuracy")),
     Row(selector_of_nothing, "blocks", ("`features.99` matches no module", "pbkd inspect")),
     Row(overlapping_selectors, "blocks", ("features.3 overlaps: lies inside features", "one of")),
-    Row(irreplaceable_block, "blocks", ("classifier: separable: holds no dense k x k",)),
+    Row(irreplaceable_block, "blocks", ("classifier: separable: Linear holds no dense k x k",)),
     Row(truncated_teacher, "stitch", ("model.safetensors is not a whole safetensors file",)),
-    Row(truncated_arrays, "stitch", ("split train cannot be read", "run: pbkd prepare")),
+    Row(truncated_arrays, "teacher", ("split train cannot be read", "run: pbkd prepare")),
     Row(stage_left_out, "finetune", ("artifacts/stitch is missing; run: pbkd stitch",)),
 ]
 

@@ -40,7 +40,7 @@ def run(context: StageContext) -> None:
         config.name,
         _candidates(workspace, metrics, measured),
         config.max_accuracy_drop,
-        digest_of(context.params.model_dump(mode="json", by_alias=True)),
+        digest_of({"params": context.params}),
     )
     write_json(workspace.results / REGISTERED, receipt)
     pipeline_run.end()

@@ -30,7 +30,8 @@ def sections() -> set[str]:
 
 def stage_files() -> set[str]:
     names = {path.stem for path in (ROOT / "pbkd" / "stages").glob("*.py")}
-    return names - {"__init__", "context", "planning", "preflight"}
+    shared = {"__init__", "context", "preflight", "preview", "budgets"}
+    return names - shared - {"planning", "repair_job", "student_job", "baselines", "device_time"}
 
 
 @pytest.mark.parametrize(

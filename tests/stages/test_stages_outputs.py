@@ -70,6 +70,9 @@ def test_a_stage_runs_with_its_declared_dependencies_alone_and_gives_the_same(fi
         return
     expected = {k: v for k, v in before["artifacts"].items() if k.startswith(f"{name}/")}
     got = {f"{name}/{k}": v for k, v in digests(finished.artifacts(name)).items()}
+    timed = {"stitch.json", "repaired.json", "finetune.json", "item.json"}  # and digests of these
+    expected = {k: v for k, v in expected.items() if Path(k).name not in timed}
+    got = {k: v for k, v in got.items() if Path(k).name not in timed}
     if name == "distill":  # results and histories hold times
         assert {k for k in got if "weights" in k} == {k for k in expected if "weights" in k}
         expected = {k: v for k, v in expected.items() if "weights" in k or "score.json" in k}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from pbkd.errors import ArtifactError, BudgetError
 from pbkd.measure import count_macs, num_parameters
 from pbkd.models import load_teacher, predict
 from pbkd.stages import StageContext, run_stage, stitch
+from pbkd.stages.budgets import check_budgets
 from pbkd.stages.distill import read_distilled
 from pbkd.stages.repair_job import REPAIRED
 from pbkd.students import forget_latencies, load_model
@@ -130,11 +132,13 @@ def test_accuracies_and_damage_are_those_of_the_steps(distilled):
 
 
 def test_a_repaired_student_is_closer_to_the_teacher(distilled):
-    run(distilled, repair={"method": "joint", "epochs": 3})
+    run(distilled, repair={"method": "joint", "epochs": 8, "lr": 0.001})
     record = stitch.read_stitched(distilled, "small")
-    assert record.repaired_val_accuracy != record.recalibrated_val_accuracy
     assert record.repair_s > 0
-    assert (distilled.artifacts("stitch") / "small" / "repair.jsonl").read_text()
+    history = (distilled.artifacts("stitch") / "small" / "repair.jsonl").read_text()
+    kls = [json.loads(line)["kl"] for line in history.splitlines()]
+    assert len(kls) == 9
+    assert min(kls) < 0.9 * kls[0]
 
 
 def test_the_teachers_own_bytes_are_predicted_exactly(distilled):
@@ -218,10 +222,10 @@ def test_an_impossible_budget_is_told_before_any_training(distilled):
     with pytest.raises(BudgetError, match=r"student tiny: .* the smallest reachable is"):
         stitch.start(context)
     with pytest.raises(BudgetError, match=r"student tiny: .* the smallest reachable is"):
-        stitch.check_budgets(context)
+        check_budgets(context)
     assert made(distilled) == {}
     shutil.rmtree(distilled.artifacts("distill"))
-    stitch.check_budgets(changed(distilled, students={"ok": {"max_macs": 0.5}}))
+    check_budgets(changed(distilled, students={"ok": {"max_macs": 0.5}}))
 
 
 def test_a_sweep_makes_its_students(distilled):
