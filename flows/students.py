@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ class ThisProcess:
 
     slots: Sequence[Slot] = ()
 
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+
     def run(
         self,
         function: Callable[..., T],
@@ -29,8 +33,9 @@ class ThisProcess:
         heartbeat: Path | None = None,
         on_start: Callable[[Slot], None] | None = None,
     ) -> T:
-        """Call the function."""
-        return function(*args)
+        """Call the function, when no other one runs."""
+        with self._one_at_a_time:
+            return function(*args)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -52,7 +57,7 @@ def stitch_students(context: StageContext, whole: WorkerPool, workers: WorkerPoo
     """Choose the students, then stitch and repair them.
 
     Args:
-        whole: for the choice, and for a single student.
+        whole: for the choice, and for a single student or worker.
         workers: for several students.
 
     Raises:
@@ -79,8 +84,8 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
 def _run(
     function: Callable[[J], None], jobs: Sequence[J], whole: WorkerPool, workers: WorkerPool
 ) -> None:
-    """All jobs side by side; a single one has the whole machine."""
-    pool = workers if len(jobs) > 1 else whole
+    """All jobs side by side, if there are several workers; a single one has the whole machine."""
+    pool = workers if min(len(jobs), len(workers.slots)) > 1 else whole
     run_all(pool, [partial(_one, function, job) for job in jobs])
 
 

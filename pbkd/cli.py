@@ -180,10 +180,14 @@ def activations() -> None:
 def distill() -> None:
     """Train every candidate of every block in parallel (a Prefect flow), and score its damage."""
     _use_prefect()
+    from flows.server import temporary_server
+
+    server = temporary_server()
     with _pools() as opened:
         opened.workers.preload()
         from flows.distill import distill as flow
 
+        server.wait()
         workspace = _workspace()
         with workspace_lock(workspace.root, workspace.state):
             flow(str(workspace.root), str(workspace.state), str(workspace.params))
@@ -274,10 +278,14 @@ def run() -> None:
     Example: `PBKD_WORKERS=2 pbkd run`
     """
     _use_prefect()
+    from flows.server import temporary_server
+
+    server = temporary_server()
     with _pools() as opened:
         opened.whole.preload()
         from flows.compress import compress
 
+        server.wait()
         workspace = _workspace()
         compress(str(workspace.root), str(workspace.state))
     _print_report(workspace)

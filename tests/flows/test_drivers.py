@@ -18,7 +18,7 @@ import pytest
 from pbkd.artifacts import MARKER
 from tests.flows.project import Project, wait_until
 
-LONG_DISTILL = ("distill: {epochs: 2}", "distill: {epochs: 40, patience: 40}")
+LONG_DISTILL = ("distill: {epochs: 2}", "distill: {epochs: 100, patience: 100}")
 
 
 def trainee_results(project: Project) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def test_a_running_flow_keeps_others_out_and_locks_only_what_it_ran_with(
     flow = project.start("pbkd", "run")
     wait_until(lambda: bool(list((project.root / ".pbkd" / "progress").glob("*.jsonl"))), 120)
 
-    project.edit("patience: 40", "patience: 39")
+    project.edit("patience: 100", "patience: 99")
     repro = project.run("dvc", "repro", expect=None)
     second = project.run("pbkd", "run", expect=None)
     output = finish(flow)
