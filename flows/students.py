@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,10 @@ from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
 from pbkd.errors import disk_errors_explained
 from pbkd.stages import StageContext, finetune, stitch
+from pbkd.stages.baselines import BASELINES
 from pbkd.stages.context import recorded
+from pbkd.stages.repair_job import REPAIRED
+from pbkd.stages.student_job import FINETUNED
 
 T = TypeVar("T")
 
@@ -22,9 +24,6 @@ class ThisProcess:
 
     slots: Sequence[Slot] = ()
 
-    def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()
-
     def run(
         self,
         function: Callable[..., T],
@@ -33,9 +32,8 @@ class ThisProcess:
         heartbeat: Path | None = None,
         on_start: Callable[[Slot], None] | None = None,
     ) -> T:
-        """Call the function, when no other one runs."""
-        with self._one_at_a_time:
-            return function(*args)
+        """Call the function."""
+        return function(*args)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -43,6 +41,11 @@ class ThisProcess:
 
 class StudentJob(Protocol):
     """What the pool must know of a student's job."""
+
+    @property
+    def key(self) -> str:
+        """Of the item that it puts into the store."""
+        ...
 
     @property
     def heartbeat(self) -> Path:
@@ -66,7 +69,8 @@ def stitch_students(context: StageContext, whole: WorkerPool, workers: WorkerPoo
     with disk_errors_explained(), recorded("stitch", context.workspace):
         context.workspace.sweep()
         jobs = whole.run(stitch.start, context)
-        _run(stitch.run_repair, jobs, whole, workers)
+        pools = _Pools(context, whole, workers)
+        pools.run(stitch.run_repair, REPAIRED, jobs)
         stitch.finish(context, jobs)
 
 
@@ -75,18 +79,31 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
     with disk_errors_explained(), recorded("finetune", context.workspace):
         context.workspace.sweep()
         jobs = whole.run(finetune.start, context)
-        _run(finetune.run_finetune, jobs, whole, workers)
+        pools = _Pools(context, whole, workers)
+        pools.run(finetune.run_finetune, FINETUNED, jobs)
         baselines = finetune.start_baselines(context, jobs)
-        _run(finetune.run_baseline, baselines, whole, workers)
+        pools.run(finetune.run_baseline, BASELINES, baselines)
         finetune.finish(context, jobs, baselines)
 
 
-def _run(
-    function: Callable[[J], None], jobs: Sequence[J], whole: WorkerPool, workers: WorkerPool
-) -> None:
-    """All jobs side by side, if there are several workers; a single one has the whole machine."""
-    pool = workers if min(len(jobs), len(workers.slots)) > 1 else whole
-    run_all(pool, [partial(_one, function, job) for job in jobs])
+class _Pools:
+    def __init__(self, context: StageContext, whole: WorkerPool, workers: WorkerPool) -> None:
+        self._store = context.workspace.store
+        self._whole, self._workers = whole, workers
+        # a second must be worth the same for a student's blocks, for itself, and for its baselines
+        self._is_timed = bool(context.params.finetune.baselines)
+
+    def run(self, function: Callable[[J], None], kind: str, jobs: Sequence[J]) -> None:
+        """What the store lacks: side by side, or a single one on the whole machine."""
+        left = [job for job in jobs if not self._store.has(kind, job.key)]
+        fewest = 0 if self._is_timed else 1
+        many = len(left) > fewest and len(self._workers.slots) > 1
+        pool = self._workers if many else self._whole
+        if pool.slots:
+            run_all(pool, [partial(_one, function, job) for job in left])
+        else:
+            for job in left:  # no threads in this process: Ctrl-C would wait for them
+                function(job)
 
 
 def _one(function: Callable[[J], None], job: J, pool: WorkerPool) -> None:

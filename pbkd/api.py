@@ -209,6 +209,8 @@ def _with_budgets(
         raise ConfigError(
             f"stitch.{min(taken)}: give limits by the argument `budget`, or several by `students`"
         )
+    if not isinstance(budgets, Mapping):
+        raise ConfigError(f"students: got {type(budgets).__name__}, expected {{name: limits}}")
     wanted: dict[str, Any] = {
         name: {"max_macs": 0.5}
         if budget is None

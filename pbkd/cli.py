@@ -133,14 +133,17 @@ def _stage(name: str) -> None:
         run_stage(name, context)
 
 
-def _students(name: str) -> None:
+def _students(name: str, *, remeasure: bool = False) -> None:
     """A stage whose students are jobs; a single one runs in this process."""
     _use_device()
     from flows.students import ThisProcess, finetune_students, stitch_students
     from pbkd.stages import StageContext
+    from pbkd.students.latency_table import forget_latencies
 
     workspace = _workspace()
     with workspace_lock(workspace.root, workspace.state), _pools() as opened:
+        if remeasure:
+            forget_latencies(workspace)
         run_stage = {"stitch": stitch_students, "finetune": finetune_students}[name]
         run_stage(StageContext.load(workspace), ThisProcess(), opened.workers)
 
@@ -200,11 +203,7 @@ def stitch(
     ] = False,
 ) -> None:
     """Choose candidates for every budget; stitch and repair the students."""
-    if remeasure:
-        from pbkd.students.latency_table import forget_latencies
-
-        forget_latencies(_workspace())
-    _students("stitch")
+    _students("stitch", remeasure=remeasure)
 
 
 @app.command(rich_help_panel="Stages")

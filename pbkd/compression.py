@@ -51,7 +51,7 @@ from pbkd.students import Choice, ChosenStudent
 
 _log = logging.getLogger(__name__)
 
-_ALGORITHM = 1
+_ALGORITHM = 2
 """Raised whenever the same choices and settings would give another model."""
 _STUDENTS = "students"  # the store's kind of items
 _RECORD = "student.json"
@@ -228,7 +228,15 @@ class _Maker:
         if stitch.recalibrate_batches and paths:
             number = stitch.recalibrate_batches
             students.recalibrate(student, train, num_batches=number, batch_size=_BATCH)
-        students.repair(student, self.teacher, paths, train, stitch.repair, folder / "repair.jsonl")
+        students.repair(
+            student,
+            self.teacher,
+            paths,
+            train,
+            stitch.repair,
+            folder / "repair.jsonl",
+            val=self.val,
+        )
         repaired = self._accuracy(student)
         checkpoint = self.folder / f"finetune-{key}.pt"
         done = students.finetune(

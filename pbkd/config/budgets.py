@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -72,7 +73,7 @@ def parse_limit(text: float | str, figure: Figure) -> Limit:
         value = float(match[1]) if match else 0.0
     except ValueError:
         value = 0.0
-    if match is None or not value > 0:
+    if match is None or not 0 < value < math.inf:
         raise ValueError(f"expected a limit such as {expected}")
     unit = match[2]
     if unit == "%":

@@ -19,7 +19,7 @@ class Recipe:
     """How to train; the fields but the last are those of the parameters' sections.
 
     Attributes:
-        num_steps: of the whole training, instead of ``epochs``; the last epoch may be cut short.
+        seconds: of the whole training, instead of ``epochs``; the schedule follows the clock.
     """
 
     epochs: int
@@ -29,7 +29,7 @@ class Recipe:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     mixed_precision: bool = False
-    num_steps: int | None = None
+    seconds: float | None = None
 
     @classmethod
     def of(cls, section: Section) -> Recipe:

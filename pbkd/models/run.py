@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import math
@@ -30,6 +29,8 @@ _BATCH = 256
 _WINDOW = 50
 """Steps after which the losses are read: rarely, because a GPU must be waited for."""
 _SLOWER = 4.0
+_CLOCK_STEPS = 10_000
+"""Steps of the schedule of a training that is as long as the clock says."""
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
@@ -89,10 +90,13 @@ class Run:
         self.after_step = after_step
         self.began_at, self.elapsed_s = time.monotonic(), 0.0
         self.steps_per_epoch = sum(1 for _ in train.rows(0, recipe.batch_size))
-        self.num_steps = recipe.num_steps or recipe.epochs * self.steps_per_epoch
+        self.num_steps = recipe.epochs * self.steps_per_epoch
+        if recipe.seconds is not None:
+            self.num_steps = _CLOCK_STEPS
         self.restarts = 0
         self.history = ""
         self.best_accuracy = _number(self.val_accuracy())
+        self.validation_s = self._now_s
         self.watch = Watch(self.best_accuracy)
         self.start_state = self.best_state = _copy(model)
         self._begin()
@@ -103,6 +107,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_steps)
         self.next_epoch = 0
+        self.cycle_from_s = self._now_s
         self.watch = Watch(self.watch.start_accuracy)
         self.stopped: Stopped | None = "epochs" if self.num_steps == 0 else None
 
@@ -126,7 +131,7 @@ class Run:
         if patience is not None and self._has_risen and self.watch.is_plateau(accuracy, patience):
             self.stopped = "plateau"
         self.next_epoch += 1
-        if self.next_epoch * self.steps_per_epoch >= self.num_steps:
+        if self._progress(after_epochs=self.next_epoch) >= 1:
             self.stopped = "epochs"
 
     def finish(self) -> Fitted:
@@ -139,7 +144,7 @@ class Run:
             epochs=len(self.history.splitlines()),
             stopped=self.stopped,
             restarts=self.restarts,
-            duration_s=self.elapsed_s + time.monotonic() - self.began_at,
+            duration_s=self._now_s,
         )
 
     def save(self, path: Path) -> None:
@@ -154,7 +159,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "elapsed_s": self.elapsed_s + time.monotonic() - self.began_at,
+            "elapsed_s": self._now_s,
             "watch": asdict(self.watch),
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: getattr(self, name) for name in _STATES},
@@ -193,11 +198,12 @@ class Run:
             torch.manual_seed(derive_seed(self.train.seed, "fit", number))
             self.model.train()
             batches = self.train.epoch(number, self.recipe.batch_size)
-            left = self.num_steps - number * self.steps_per_epoch
             losses: list[Tensor] = []
-            for batch in itertools.islice(batches, left):
+            for batch in batches:
                 losses.append(self.step(batch))
                 self.after_step()
+                if self._time_is_up:
+                    break
                 if len(losses) % _WINDOW == 0:
                     self.watch.check_loss(_mean(losses[-_WINDOW:]))
             self.watch.check_loss(_mean(losses[-_WINDOW:]))
@@ -216,7 +222,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         step_loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.schedule.step()
+        if self.recipe.seconds is None:
+            self.schedule.step()
+        else:
+            due = int(self._progress() * _CLOCK_STEPS)
+            for _ in range(self.schedule.last_epoch, due):
+                self.schedule.step()
         return step_loss.detach()
 
     def val_accuracy(self) -> float:
@@ -225,13 +236,35 @@ class Run:
         # the largest of logits that are not finite would be a class like any other
         return found.accuracy if bool(found.logits_nk.isfinite().all()) else math.nan
 
+    # ------------------------------------------------------------ how far it is
+
+    @property
+    def _now_s(self) -> float:
+        """Seconds of this training, those before it was resumed included."""
+        return self.elapsed_s + time.monotonic() - self.began_at
+
+    @property
+    def _time_is_up(self) -> bool:
+        """Whether only the last validation still fits into the recipe's seconds."""
+        seconds = self.recipe.seconds
+        return seconds is not None and self._now_s + self.validation_s >= seconds
+
+    def _progress(self, after_epochs: int = 0) -> float:
+        """Share of the schedule that is over, 0 to 1: by the clock, or after so many epochs."""
+        if self.recipe.seconds is None:
+            return min(after_epochs * self.steps_per_epoch / max(self.num_steps, 1), 1.0)
+        if self._time_is_up:
+            return 1.0
+        whole_s = self.recipe.seconds - self.validation_s - self.cycle_from_s
+        return min((self._now_s - self.cycle_from_s) / whole_s, 1.0)
+
     # ------------------------------------------------------------ the guard
 
     @property
     def _has_risen(self) -> bool:
         """Whether the present epoch ends after the rise of the schedule."""
         rise = RISE if self.recipe.schedule == "one_cycle" else 0.0
-        return (self.next_epoch + 1) * self.steps_per_epoch > rise * self.num_steps
+        return self._progress(after_epochs=self.next_epoch + 1) > rise
 
     def _diverged(self, what: str) -> None:
         lr = self.recipe.lr / _SLOWER**self.restarts
@@ -247,7 +280,7 @@ class Run:
         self._begin()
 
 
-_PLAIN = ("next_epoch", "history", "best_accuracy", "restarts", "stopped")
+_PLAIN = ("next_epoch", "history", "best_accuracy", "restarts", "stopped", "cycle_from_s")
 _STATES = ("start_state", "best_state")
 """What a checkpoint holds of a run beside model, optimizer and schedule."""
 

@@ -6,15 +6,11 @@ diverging training again at a lower rate, and never ends worse than it began.
 
 from __future__ import annotations
 
-import copy
-import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pbkd.data.batches import Stream
@@ -24,8 +20,6 @@ from pbkd.models.recipe import Recipe as Recipe
 from pbkd.models.run import EpochRecord as EpochRecord
 from pbkd.models.run import Fitted, Loss, Run
 
-_WARM_UP_STEPS = 3
-_TIMED_STEPS = 200
 _CHECKPOINT_EVERY_S = 10.0
 
 
@@ -107,43 +101,3 @@ def _drive(run: Run, history: Path, checkpoint: Path | None) -> Fitted:
             run.save(checkpoint)
             saved_at = now
     return run.finish()
-
-
-@dataclass(frozen=True)
-class Pace:
-    """What a training takes on this machine now, seconds."""
-
-    step_s: float
-    validation_s: float
-
-
-def measure_pace(
-    model: nn.Module, train: Stream, val: Stream, loss: Loss, recipe: Recipe, min_s: float
-) -> Pace:
-    """Time some steps and a validation on a copy of the model; steps for at least ``min_s``."""
-    recipe = replace(recipe, num_steps=_WARM_UP_STEPS + _TIMED_STEPS)
-    run = Run(copy.deepcopy(model), train, val, loss, recipe)  # the first validation warms up
-    began_at = _now(train)
-    run.val_accuracy()
-    validation_s = _now(train) - began_at
-    run.model.train()
-    batches = itertools.chain.from_iterable(
-        train.epoch(epoch, recipe.batch_size) for epoch in itertools.count()
-    )
-    gpus = [torch.cuda.current_device()] if train.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        for batch in itertools.islice(batches, _WARM_UP_STEPS):
-            run.step(batch)
-        began_at, num_steps = _now(train), 0
-        for batch in itertools.islice(batches, _TIMED_STEPS):
-            run.step(batch)
-            num_steps += 1
-            if time.perf_counter() - began_at >= min_s:
-                break
-    return Pace((_now(train) - began_at) / num_steps, validation_s)
-
-
-def _now(stream: Stream) -> float:
-    if stream.device.type == "cuda":
-        torch.cuda.synchronize(stream.device)
-    return time.perf_counter()

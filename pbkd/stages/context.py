@@ -64,7 +64,14 @@ def student_folders(workspace: Workspace, stage: str) -> list[Path]:
     output = workspace.artifacts(stage)
     if not output.is_dir():
         raise ArtifactError(f"{output} is missing; run: pbkd {stage}")
-    return sorted(path for path in output.iterdir() if path.is_dir())
+    return subfolders(output)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """By name; none where the folder is missing. What a file manager leaves is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 class StageRecord(BaseModel):

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from pbkd.artifacts import Workspace, read_json
 from pbkd.report import BlockPhase, JobFigures
-from pbkd.stages.context import student_folders
 from pbkd.stages.distill import read_distilled
 
 
 def student_device_s(workspace: Workspace, student: str, finetune_s: float) -> float:
-    """Its share of the block phase, its repair and its fine-tuning, seconds.
+    """The whole block phase, its repair and its fine-tuning, seconds.
+
+    Other students share the block phase, but this one could not be without it.
 
     Args:
         finetune_s: ``duration_s`` of its finetune.json.
@@ -20,12 +21,7 @@ def student_device_s(workspace: Workspace, student: str, finetune_s: float) -> f
         ArtifactError: a stage has not run.
     """
     stitched = read_json(workspace.artifacts("stitch") / student / "stitch.json")
-    return block_phase_share_s(workspace) + float(stitched["repair_s"]) + finetune_s
-
-
-def block_phase_share_s(workspace: Workspace) -> float:
-    """Seconds in which the library's candidates were trained, over the number of students made."""
-    return block_phase_s(workspace) / len(student_folders(workspace, "stitch"))
+    return block_phase_s(workspace) + float(stitched["repair_s"]) + finetune_s
 
 
 def block_phase_s(workspace: Workspace) -> float:

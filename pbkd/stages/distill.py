@@ -30,7 +30,7 @@ from pbkd.errors import ArtifactError
 from pbkd.plan import Plan, PlannedJob
 from pbkd.stages.activations import Settled, adopt_cache, read_settled
 from pbkd.stages.budgets import check_budgets
-from pbkd.stages.context import StageContext
+from pbkd.stages.context import StageContext, subfolders
 from pbkd.stages.planning import Subject, plan_of, profiled_here
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def start(context: StageContext) -> Subject:
     workspace, store = context.workspace, context.workspace.store
     output = workspace.artifacts("distill")
     for kind in (TRAINEES, SCORES):
-        for folder in (output / kind).iterdir() if (output / kind).is_dir() else ():
+        for folder in subfolders(output / kind):
             store.adopt(kind, folder)
     settled = read_settled(workspace)
     adopt_cache(workspace)

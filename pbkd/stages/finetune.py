@@ -17,7 +17,7 @@ from pbkd.devices import best_device
 from pbkd.errors import disk_errors_explained
 from pbkd.models import ModelCard, load_teacher, read_card, save_model
 from pbkd.stages.baselines import BASELINES, BaselineJob, baseline_job, run_baseline
-from pbkd.stages.context import StageContext, student_folders
+from pbkd.stages.context import StageContext, student_folders, subfolders
 from pbkd.stages.student_job import FINETUNED, HISTORY, RESULT, FinetuneJob
 from pbkd.stages.teacher import read_teacher_card
 from pbkd.students import finetune, load_model
@@ -155,7 +155,7 @@ def _key(context: StageContext, student: ModelCard, teacher: ModelCard) -> str:
 def _adopt_output(workspace: Workspace) -> None:
     """Import what the old output holds; a student's folder holds its baselines' folders, too."""
     output, store = workspace.artifacts("finetune"), workspace.store
-    for folder in output.iterdir() if output.is_dir() else ():
+    for folder in subfolders(output):
         for baseline in folder.glob(f"{_BASELINE}*"):
             store.adopt(BASELINES, baseline)
         workspace.state.mkdir(parents=True, exist_ok=True)

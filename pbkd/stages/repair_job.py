@@ -179,7 +179,13 @@ class _Maker:
         num_batches = self.job.recalibrate_batches
         began_s = time.perf_counter()
         if num_batches and self.job.replacements:
-            recalibrate(student, self.train, num_batches=num_batches, batch_size=_BATCH)
+            recalibrate(
+                student,
+                self.train,
+                num_batches=num_batches,
+                batch_size=_BATCH,
+                after_batch=self.job.heartbeat.touch,
+            )
         return _since(began_s)
 
     def repair(self, student: Classifier, history: Path) -> float:

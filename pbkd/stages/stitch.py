@@ -17,7 +17,7 @@ from pbkd.devices import best_device
 from pbkd.distill import TRAINEES
 from pbkd.models import ModelCard
 from pbkd.stages.blocks import read_blocks
-from pbkd.stages.context import StageContext
+from pbkd.stages.context import StageContext, subfolders
 from pbkd.stages.distill import Distilled, read_distilled
 from pbkd.stages.repair_job import RECORD, REPAIRED, Candidate, Repaired, RepairJob, run_repair
 from pbkd.stages.teacher import read_teacher
@@ -102,7 +102,7 @@ def start(context: StageContext) -> list[RepairJob]:
     """
     workspace, config = context.workspace, context.params.stitch
     output = workspace.artifacts("stitch")
-    for folder in output.iterdir() if output.is_dir() else ():
+    for folder in subfolders(output):
         workspace.store.adopt(REPAIRED, folder)
     distilled = {(d.result.block, d.result.candidate): d for d in read_distilled(workspace)}
     damages = {name: item.damage.kl for name, item in distilled.items()}

@@ -148,8 +148,12 @@ def _swept(
     return students
 
 
+_NEXT_TO_NOTHING = 1e-3
+
+
 def _spread(low: float, high: float, points: int) -> list[float]:
     """From ``low`` on, evenly on a logarithmic scale; ``high`` would be the next one."""
+    low = max(low, _NEXT_TO_NOTHING * high)  # of a network that candidates leave no parameters
     return [low * (high / low) ** (index / points) for index in range(points)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,10 +12,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.data.batches import Stream
 
 
-def recalibrate(model: nn.Module, train: Stream, *, num_batches: int, batch_size: int) -> None:
+def recalibrate(
+    model: nn.Module,
+    train: Stream,
+    *,
+    num_batches: int,
+    batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> None:
     """Estimate every batch norm's mean and variance anew on the model's own activations, in place.
 
     Plain averages over the given batches; weights do not change.
+
+    Args:
+        after_batch: called after each batch, as a sign of life.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -27,6 +38,7 @@ def recalibrate(model: nn.Module, train: Stream, *, num_batches: int, batch_size
     with torch.no_grad():
         for batch in itertools.islice(train.epoch(0, batch_size), num_batches):
             model(batch.images_nchw)
+            after_batch()
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -28,6 +28,7 @@ _URI = "MLFLOW_TRACKING_URI"
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 7 by default: minutes until a wrong URI is told
 }
 
 
@@ -57,12 +58,18 @@ def mlflow_client(workspace: Workspace) -> Any:
     mlflow.set_tracking_uri(uri)
     if given is None:  # MLflow sets it; the next workspace must not take it for the user's
         os.environ.pop(_URI, None)
-    client = mlflow.MlflowClient()
     try:
+        client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
-    except mlflow.exceptions.MlflowException as error:
-        raise TrackingError(f"MLflow at {uri} does not answer: {error}") from error
+    except (mlflow.exceptions.MlflowException, ImportError) as error:
+        raise TrackingError(f"MLflow at {_shown(uri)} does not answer: {error}") from None
     return client
+
+
+def _shown(uri: str) -> str:
+    """Without the name and password that it may hold."""
+    scheme, found, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if found else uri
 
 
 class PipelineRun:

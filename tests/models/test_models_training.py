@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from pbkd.errors import TrainingError
 from pbkd.models import fit, predict
 from pbkd.models.guard import Guard, Watch
 from pbkd.models.recipe import Recipe
-from pbkd.models.run import Fitted, Loss
-from pbkd.models.training import fit_guarded, measure_pace
+from pbkd.models.run import Fitted, Loss, Run
+from pbkd.models.training import fit_guarded
 from pbkd.testing import random_split
 
 NUM = 24
@@ -299,19 +300,43 @@ def test_weights_that_give_no_number_are_never_kept(tmp_path: Path) -> None:
     assert torch.equal(model.weight, torch.zeros(2))
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7])
-def test_a_number_of_steps_may_end_within_an_epoch(tmp_path: Path, num_steps: int) -> None:
-    done = 0
+def test_a_training_may_be_as_long_as_the_clock_says(tmp_path: Path) -> None:
+    rates = []
 
-    def counted(batch: Batch, logits: Tensor) -> Tensor:
-        nonlocal done
-        done += logits.requires_grad
+    def slow(batch: Batch, logits: Tensor) -> Tensor:
+        if logits.requires_grad:
+            time.sleep(0.02)
+            rates.append(time.monotonic())
         return _learn(batch, logits)
 
-    path = tmp_path / "history.jsonl"
-    got = _guarded(_linear(), counted, path, Guard(), num_steps=num_steps)
-    assert done == num_steps
-    assert got.epochs == -(-num_steps // 3)
+    began = time.monotonic()
+    got = _guarded(_linear(), slow, tmp_path / "history.jsonl", Guard(), seconds=1.0)
+    assert 0.95 < got.duration_s < 1.3
+    assert 0.9 < rates[-1] - began < 1.2
+    assert got.epochs == -(-len(rates) // 3)
+    assert got.stopped == "epochs"
+
+
+def test_the_schedule_follows_the_clock(tmp_path: Path) -> None:
+    def slow(batch: Batch, logits: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return _learn(batch, logits)
+
+    recipe = Recipe(epochs=1, batch_size=8, lr=0.1, weight_decay=0.0, seconds=0.6)
+    run = Run(_linear(), _stream(), _stream(1), slow, recipe)
+    rates = []
+    while not run.stopped:
+        run.epoch()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    peak = rates.index(max(rates))
+    assert max(rates) > 0.09
+    assert peak < len(rates) / 2
+    assert rates[-1] < 0.02
+
+
+def test_no_time_is_one_step(tmp_path: Path) -> None:
+    got = _guarded(_linear(), _learn, tmp_path / "history.jsonl", Guard(), seconds=1e-9)
+    assert got.epochs == 1
 
 
 def test_there_is_a_sign_of_life_per_step_and_batch(tmp_path: Path) -> None:
@@ -334,17 +359,6 @@ def test_there_is_a_sign_of_life_per_step_and_batch(tmp_path: Path) -> None:
         after_step=beat,
     )
     assert beats == 2 * 3 + 3  # steps, and validations of one batch each
-
-
-def test_the_pace_is_taken_on_a_copy() -> None:
-    model = _linear()
-    recipe = Recipe(epochs=1, batch_size=8, lr=0.1, weight_decay=0.0)
-    before = torch.get_rng_state()
-    pace = measure_pace(model, _stream(), _stream(1), _learn, recipe, 0.05)
-    assert 0 < pace.step_s < 1
-    assert 0 < pace.validation_s < 1
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(model.get_parameter("1.weight"), _linear().get_parameter("1.weight"))
 
 
 # ---------------------------------------------------------------- prediction

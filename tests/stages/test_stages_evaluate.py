@@ -32,7 +32,7 @@ def add_baseline(workspace: Workspace, student: str, kind: str, device_s: float 
     baseline.mkdir()
     for name in ("model.json", "model.safetensors"):
         shutil.copy(folder / name, baseline / name)
-    record = {"kind": kind, "val_accuracy": 0.5, "epochs": 3, "num_steps": 60}
+    record = {"kind": kind, "val_accuracy": 0.5, "epochs": 3}
     write_json(baseline / "baseline.json", record | {"device_s": device_s, "duration_s": 11.5})
     return baseline
 

@@ -46,12 +46,39 @@ def build(config: IdentityConfig, block: nn.Module) -> nn.Module:
         if any(place.crop):
             left, right, top, bottom = place.crop
             layers["crop"] = nn.ZeroPad2d((-left, -right, -top, -bottom))
-        layers["adapter"] = nn.Conv2d(
-            *place.channels, 1, stride=place.stride, groups=place.groups, bias=True
-        )
+        if place.stride != (1, 1):
+            layers["every"] = Every(place.stride)
+        layers["adapter"] = nn.Conv2d(*place.channels, 1, groups=place.groups, bias=True)
     if place.relu:
         layers["relu"] = nn.ReLU()
+    if not layers:
+        layers["copy"] = Copy()
     return nn.Sequential(layers)
+
+
+class Copy(nn.Module):
+    """Its input as a tensor of its own: what follows may work in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor of any shape."""
+        return x.clone()
+
+
+class Every(nn.Module):
+    """Every n-th row and m-th column.
+
+    A 1 x 1 convolution with a stride is the same, but its backward pass on the CPU (torch 2.14,
+    channels last, few input channels) reads outside its memory.
+    """
+
+    def __init__(self, stride: tuple[int, int]) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        """(N, C, H, W)."""
+        down, right = self.stride
+        return x_nchw[:, :, ::down, ::right]
 
 
 def init(config: IdentityConfig, candidate: nn.Module, block: nn.Module, x_nchw: Tensor) -> None:
@@ -62,9 +89,9 @@ def init(config: IdentityConfig, candidate: nn.Module, block: nn.Module, x_nchw:
     assert isinstance(adapter, nn.Conv2d)
     with torch.no_grad(), eval_mode(block):
         y_nchw = block(x_nchw.clone())
-    x_nchw = candidate.get_submodule("crop")(x_nchw) if hasattr(candidate, "crop") else x_nchw
-    down, right = adapter.stride
-    fit_pointwise(adapter, x_nchw[:, :, ::down, ::right], y_nchw)
+    for name in ("crop", "every"):
+        x_nchw = candidate.get_submodule(name)(x_nchw) if hasattr(candidate, name) else x_nchw
+    fit_pointwise(adapter, x_nchw, y_nchw)
 
 
 def settle(config: IdentityConfig, block: nn.Module, x_nchw: Tensor) -> IdentityConfig:
