@@ -19,7 +19,9 @@ from pbkd.config import (
     NarrowConfig,
     Params,
     SeparableConfig,
+    StudentConfig,
     load_params,
+    parse_limit,
 )
 from pbkd.config.load import sections_in
 from pbkd.errors import ConfigError
@@ -242,3 +244,28 @@ def test_no_key_has_a_name_that_dvc_leaves_out_of_its_hashes() -> None:
     found = set(names(Params))
     assert {"image_size", "pad", "depth", "groups", "energy", "max_bytes"} <= found
     assert not found & {"size", "nfiles"}
+
+
+@pytest.mark.parametrize("limit", [0, -1, "1e999", "inf", "nan", "12 apples", "5ms"])
+def test_a_limit_that_means_nothing_is_refused(limit: object) -> None:
+    with pytest.raises(ValueError, match="expected a limit"):
+        StudentConfig(max_parameters=limit)
+
+
+@pytest.mark.parametrize(
+    ("figure", "text", "value", "is_share"),
+    [
+        ("parameters", 0.25, 0.25, True),
+        ("parameters", "25%", 0.25, True),
+        ("parameters", 1, 1, True),
+        ("parameters", "500k", 5e5, False),
+        ("bytes", "1.5MB", 1.5e6, False),
+        ("bytes", "2 KiB", 2048, False),
+        ("latency", "800us", 0.8, False),
+        ("latency", "2s", 2000, False),
+    ],
+)
+def test_a_limit_is_a_share_or_a_figure(figure, text, value, is_share) -> None:
+    limit = parse_limit(text, figure)
+    assert (limit.value, limit.is_share) == (pytest.approx(value), is_share)
+    assert limit.of(1000) == pytest.approx(1000 * value if is_share else value)

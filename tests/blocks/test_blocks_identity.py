@@ -13,9 +13,10 @@ from torchvision.models import resnet
 
 from pbkd.activations import Activation
 from pbkd.artifacts import load_tensors
-from pbkd.blocks import settle_candidate
+from pbkd.blocks import build_candidate, settle_candidate
 from pbkd.config import DistillConfig, IdentityConfig
 from pbkd.config.candidates import Place
+from pbkd.devices import channels_last, in_channels_last
 from pbkd.distill import TraineeSpec
 from pbkd.distill.trainee import WEIGHTS, Trainee
 from pbkd.measure import count_macs, num_parameters
@@ -132,3 +133,26 @@ def test_an_identity_is_trained_as_others_are(tmp_path: Path) -> None:
     assert not trainee.active
     trainee.write(tmp_path)
     assert load_tensors(tmp_path / WEIGHTS) == {}
+
+
+def test_a_dropped_block_leaves_its_input_to_others() -> None:
+    """What follows may work in place: an identity gives a tensor of its own."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
+    config = settle_candidate(IdentityConfig(), net[0], torch.randn(2, 4, 6, 6))
+    assert isinstance(config, IdentityConfig)
+    net[0] = build_candidate(config, net[0])
+    x = torch.randn(2, 4, 6, 6)
+    before = x.clone()
+    net(x)
+    assert torch.equal(x, before)
+
+
+def test_a_strided_adapter_learns() -> None:
+    """A strided 1 x 1 convolution of three channels crashed in its backward pass (torch 2.14)."""
+    block = channels_last(nn.Conv2d(3, 64, 3, stride=2))
+    x = in_channels_last(torch.randn(33, 3, 64, 64))
+    candidate = build_candidate(settle_candidate(IdentityConfig(), block, x), block)
+    y = candidate(x.clone())
+    assert y.shape == block(x).shape
+    y.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in candidate.parameters())

@@ -271,3 +271,9 @@ def test_the_table_adds_up_to_the_teacher(distilled):
     assert table["rest_ms"] + own == pytest.approx(table["teacher_ms"])
     assert all(len(names) == 3 for names in table["blocks"].values())
     assert all(ms > 0 for names in table["blocks"].values() for ms in names.values())
+
+
+def test_what_a_file_manager_leaves_is_no_student(distilled):
+    run(distilled)
+    (distilled.artifacts("stitch") / ".DS_Store").touch()
+    assert run(distilled) == ["half", "small"]
