@@ -207,7 +207,7 @@ class Measured(_Record):
         latency: model (teacher or student) to figures by batch size; a baseline has its student's.
         stages: lacks those of which this machine has no record.
         block_phase: null where no block was ever trained here.
-        device_s: student to the device seconds that it took: its share of the block phase, repair
+        device_s: student to the device seconds that it took: the whole block phase, repair
             and fine-tuning.
         baselines: student, then kind to the device seconds of a baseline.
         stitched_latency_ms: student to the latency that ``stitch`` measured of it, where it was

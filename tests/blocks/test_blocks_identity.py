@@ -57,7 +57,7 @@ def test_a_skip_with_weights_stays_with_them() -> None:
 def test_always_takes_a_convolution_in_place_of_a_skip() -> None:
     block = seen(BasicBlock(8, 12, 2), 8, 8)
     always = started(IdentityConfig(adapter="always"), block, X_NCHW)
-    assert [name for name, _ in always.named_children()] == ["adapter", "relu"]
+    assert [name for name, _ in always.named_children()] == ["every", "adapter", "relu"]
     assert relative_error(always, block, X_NCHW) < 0.3
 
 

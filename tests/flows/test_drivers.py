@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import urllib.request
@@ -166,6 +167,7 @@ def test_a_running_flow_keeps_others_out_and_locks_only_what_it_ran_with(
     project: Project,
 ) -> None:
     project.edit(*LONG_DISTILL)
+    shutil.rmtree(project.root / ".pbkd" / "progress", ignore_errors=True)
     flow = project.start("pbkd", "run")
     wait_until(lambda: bool(list((project.root / ".pbkd" / "progress").glob("*.jsonl"))), 120)
 
