@@ -118,7 +118,7 @@ def test_baselines_get_their_students_seconds(finished: Workspace) -> None:
     for kind in KINDS:
         baseline = read_json(folder / f"baseline-{kind}" / "baseline.json")
         assert baseline["kind"] == kind
-        assert baseline["device_s"] == pytest.approx(device_s)
+        assert device_s <= baseline["device_s"] <= 1.1 * device_s
         assert baseline["duration_s"] > 0
         card = read_card(folder / f"baseline-{kind}")
         assert card.replacements == read_card(folder).replacements
