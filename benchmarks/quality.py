@@ -26,8 +26,7 @@ from typing import Any
 
 import harness
 import torch
-import yaml
-from workspaces import ROOT, make_workspace
+from workspaces import ROOT, go_on, kept_workspace
 
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import AugmentConfig
@@ -36,11 +35,9 @@ from pbkd.devices import best_device
 from pbkd.measure import measure_interleaved
 from pbkd.models import predict
 from pbkd.report import Metrics, read_measured, read_metrics
-from pbkd.stages import STAGES, StageContext, run_stage
 from pbkd.stages.context import student_folders
 from pbkd.students import load_model
 
-_STAGES = STAGES[:-1]  # the registry says nothing about quality
 _TIME_IS_UP = 3
 _BATCH = 512
 _LATENCY_S = 5.0
@@ -223,24 +220,14 @@ def _folder(case: Case) -> Path:
 
 
 def _workspace(case: Case, seed: int, images: Path) -> Workspace:
-    root = _folder(case) / f"seed-{seed}"
-    if not root.is_dir():
-        changes = {name: dict(section) for name, section in case.params.items()}
-        changes["prepare"]["path"] = str(images)
-        make_workspace(root, changes)
-        params = yaml.safe_load((root / "params.yaml").read_text())
-        (root / "params.yaml").write_text(yaml.safe_dump(params | {"seed": seed}, sort_keys=False))
-    return Workspace(root, root / ".pbkd")
+    changes = {name: dict(section) for name, section in case.params.items()}
+    changes["prepare"]["path"] = str(images)
+    return kept_workspace(_folder(case) / f"seed-{seed}", changes, seed)
 
 
 def _go_on(workspace: Workspace) -> None:
     """Run the stages that are not finished, then measure what they do not."""
-    for name in _STAGES:
-        done = workspace.state / "done" / name
-        if not done.is_file():
-            run_stage(name, StageContext.load(workspace))
-            done.parent.mkdir(parents=True, exist_ok=True)
-            done.touch()
+    go_on(workspace)
     if not (workspace.root / "quality.json").is_file():
         write_json(workspace.root / "quality.json", _measured(workspace))
 

@@ -16,7 +16,7 @@ from flows.distill import distill
 from flows.dvc_gate import gate, hold_pipeline
 from flows.pools import Pools, pools
 from flows.retry import is_worth_a_retry
-from flows.students import finetune_students, stitch_students
+from flows.students import finetune_students, shrink_students, stitch_students
 from pbkd.artifacts import Workspace
 from pbkd.config import Params
 from pbkd.locks import workspace_lock
@@ -27,7 +27,11 @@ from pbkd.tracking import PipelineRun
 
 _IN_FLOW = ("register",)
 """Stages that use no device and talk to the tracking server: they run in the flow's own process."""
-_OF_STUDENTS = {"stitch": stitch_students, "finetune": finetune_students}
+_OF_STUDENTS = {
+    "stitch": stitch_students,
+    "finetune": finetune_students,
+    "shrink": shrink_students,
+}
 _TRACKED = ("distill", "register")
 """Stages that log into the run in MLflow; before it has begun they would begin another."""
 

@@ -1,4 +1,4 @@
-"""Stages `stitch` and `finetune` on the worker pool: a job per student, all at the same time."""
+"""Stages `stitch`, `finetune` and `shrink` on the worker pool: students are jobs side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
 from pbkd.errors import disk_errors_explained
-from pbkd.stages import StageContext, finetune, stitch
+from pbkd.shrink import SHRUNK
+from pbkd.stages import StageContext, finetune, shrink, stitch
 from pbkd.stages.baselines import BASELINES
 from pbkd.stages.context import recorded
 from pbkd.stages.repair_job import REPAIRED
@@ -84,6 +85,15 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
         baselines = finetune.start_baselines(context, jobs)
         pools.run(finetune.run_baseline, BASELINES, baselines)
         finetune.finish(context, jobs, baselines)
+
+
+def shrink_students(context: StageContext, whole: WorkerPool, workers: WorkerPool) -> None:
+    """Take the students through their recipes; arguments and errors as above."""
+    with disk_errors_explained(), recorded("shrink", context.workspace):
+        context.workspace.sweep()
+        jobs = shrink.start(context)
+        _Pools(context, whole, workers).run(shrink.run_shrink, SHRUNK, jobs)
+        shrink.finish(context, jobs)
 
 
 class _Pools:

@@ -136,7 +136,7 @@ def _stage(name: str) -> None:
 def _students(name: str, *, remeasure: bool = False) -> None:
     """A stage whose students are jobs; a single one runs in this process."""
     _use_device()
-    from flows.students import ThisProcess, finetune_students, stitch_students
+    from flows.students import ThisProcess, finetune_students, shrink_students, stitch_students
     from pbkd.stages import StageContext
     from pbkd.students.latency_table import forget_latencies
 
@@ -144,7 +144,11 @@ def _students(name: str, *, remeasure: bool = False) -> None:
     with workspace_lock(workspace.root, workspace.state), _pools() as opened:
         if remeasure:
             forget_latencies(workspace)
-        run_stage = {"stitch": stitch_students, "finetune": finetune_students}[name]
+        run_stage = {
+            "stitch": stitch_students,
+            "finetune": finetune_students,
+            "shrink": shrink_students,
+        }[name]
         run_stage(StageContext.load(workspace), ThisProcess(), opened.workers)
 
 
@@ -214,8 +218,8 @@ def finetune() -> None:
 
 @app.command(rich_help_panel="Stages")
 def shrink() -> None:
-    """Make finished students smaller; an empty recipe passes them through."""
-    _stage("shrink")
+    """Prune, factorize, quantize and code the students; an empty recipe passes them through."""
+    _students("shrink")
 
 
 @app.command(rich_help_panel="Stages")
@@ -385,6 +389,15 @@ def pick(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Of the latency. [default: the smallest measured]")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads of the latency. [default: on a GPU, else the fewest measured]"
+        ),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="Of the latency: pytorch, onnxruntime or onnxruntime-int8.")
+    ] = "pytorch",
     alias: Annotated[str | None, typer.Option(help="Alias to move to the choice.")] = None,
     export: Annotated[
         Path | None, typer.Option(help="New folder for the choice's files, for `pbkd.load`.")
@@ -416,6 +429,8 @@ def pick(
         },
         min_accuracy,
         batch_size,
+        threads,
+        runtime,
     )
     picking.check_alias(alias)
     if export is not None:
@@ -437,6 +452,76 @@ def pick(
         print(f'Exported to {_shown(export)}; load it: pbkd.load("{_shown(export)}")')
     else:
         print(f'Load it: pbkd.load("{answer.version.uri}")')
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A student's name, a folder, or models:/NAME/VERSION.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder. [default: exported/MODEL]")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="onnx, or pt2 (torch.export).")] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Write an int8 ONNX file, too; needs the prepared data.")
+    ] = False,
+    allow_code: Annotated[
+        bool, typer.Option(help="Import the function that builds a network of your own.")
+    ] = False,
+) -> None:
+    """Write a model as ONNX or torch.export, and compare it with the model itself.
+
+    Example: `pbkd export half --int8 -o half-onnx`
+    """
+    from pbkd.export_model import default_folder, export_model, format_of
+    from pbkd.loading import load
+
+    written_as = format_of(format_, int8=int8)
+    folder = output if output is not None else default_folder(model)
+    loaded = load(model, allow_code=allow_code)
+    exported = export_model(_workspace(), loaded, folder, written_as, int8=int8)
+    for sentence in exported.sentences:
+        print(sentence)
+    print(f"Exported to {_shown(folder)}")
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="A folder with model.json, or a student's name.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, or to replace.")
+    ] = Path("model.pbkd"),
+) -> None:
+    """Write a model as one small file, entropy-coded and exact; docs/format.md.
+
+    Example: `pbkd pack half -o half.pbkd`
+    """
+    from pbkd.packing import pack_folder
+    from pbkd.report.numbers import size_text
+
+    packed = pack_folder(model, output)
+    bits = 8 * packed.size_bytes / packed.num_numbers
+    print(
+        f"{_shown(packed.path)}: {size_text(packed.size_bytes)}, {bits:.2f} bits per number; "
+        f"model.safetensors has {size_text(packed.weights_bytes)}"
+    )
+    print(f'Load it: pbkd.load("{_shown(packed.path)}")')
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="Of `pbkd pack`.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for model.json and its weights.")],
+) -> None:
+    """Write a .pbkd file as a folder again, bit for bit.
+
+    Example: `pbkd unpack half.pbkd half`
+    """
+    from pbkd.packing import unpack_file
+
+    unpack_file(file, folder)
+    print(f'Unpacked to {_shown(folder)}; load it: pbkd.load("{_shown(folder)}")')
 
 
 @app.command()
@@ -518,9 +603,12 @@ def _print_report(workspace: Workspace) -> None:
         REGISTERED,
         REPORT,
         block_phase_sentence,
+        export_table,
         final_table,
         read_measured,
         read_metrics,
+        runtime_table,
+        shrink_table,
         stage_table,
         summary_sentence,
     )
@@ -530,6 +618,12 @@ def _print_report(workspace: Workspace) -> None:
     # evaluate wrote its own record, and register's came, after measured.json was closed
     measured = measured.model_copy(update={"stages": stage_figures(workspace) or measured.stages})
     _print_table(final_table(metrics, measured))
+    if shrinking := shrink_table(metrics):
+        _print_table(shrinking)
+    if runtimes := runtime_table(metrics, measured):
+        _print_table(runtimes)
+    if exports := export_table(metrics, measured):
+        _print_table(exports)
     _print_table(stage_table(measured))
     print(block_phase_sentence(measured))
     print(summary_sentence(metrics, measured))

@@ -7,12 +7,14 @@ PbkdError
 ├── BlockError         a selector or a block cannot be used
 ├── CandidateError     a candidate does not fit its block
 ├── BudgetError        no student keeps to the limits that were asked for
+├── ShrinkError        a step of a recipe does not suit the student
 ├── ArtifactError      a file is missing, truncated or of another run
 ├── TrainingError      training went wrong (NaN, out of memory)
 ├── JobError           a worker's job crashed, hung or failed
 │   ├── JobFailedError  a job raised what is no error of ours; it would raise it again
 │   └── PoolClosedError the run is ending, no job is tried again
 ├── WorkspaceBusyError another process holds the workspace or a device
+├── ExportError        a model cannot be exported, or its file computes something else
 ├── TrackingError      MLflow refused
 └── MissingExtraError  an optional library is not installed
 """
@@ -53,6 +55,10 @@ class BudgetError(PbkdError):
     """No choice of candidates keeps to a student's limits."""
 
 
+class ShrinkError(PbkdError):
+    """A step of a recipe cannot be taken with this student."""
+
+
 class ArtifactError(PbkdError):
     """A file is missing, truncated, or belongs to another run."""
 
@@ -75,6 +81,10 @@ class PoolClosedError(JobError):
 
 class WorkspaceBusyError(PbkdError):
     """Another process holds the workspace."""
+
+
+class ExportError(PbkdError):
+    """A model cannot be exported, or the file does not compute what the model does."""
 
 
 class TrackingError(PbkdError):

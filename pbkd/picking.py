@@ -15,10 +15,15 @@ from pbkd.report.numbers import count_text, ms_text, size_text
 from pbkd.tracking.fetch import open_registry
 from pbkd.tracking.pick import Comparison, Entry, Miss, Wanted, compare
 from pbkd.tracking.registry import CHAMPION
-from pbkd.tracking.versions import ModelVersion, present_origin, read_versions
+from pbkd.tracking.versions import PYTORCH, ModelVersion, Setting, present_origin, read_versions
 
 _NEAREST = 3  # versions that are named where nothing fits
 _UNKNOWN = "not recorded"
+_RUNTIMES = {
+    PYTORCH: "PyTorch",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-int8": "onnxruntime in int8",
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,12 @@ def wanted_from(
     limits: Mapping[Figure, str | None],
     min_accuracy: str | None = None,
     batch_size: int | None = None,
+    threads: int | None = None,
+    runtime: str = PYTORCH,
 ) -> Wanted:
     """Read limits as a user writes them: ``25%`` of the teacher's, ``1MB``, ``5ms``, ``0.9``.
+
+    The last three say which latency counts; see ``Wanted``.
 
     Raises:
         ConfigError: one cannot be read.
@@ -51,7 +60,9 @@ def wanted_from(
             parsed[figure] = parse_limit(text, figure)
         except ValueError as error:
             raise ConfigError(f"--max-{figure}: got `{text}`, {error}") from None
-    return Wanted(parsed, _accuracy(min_accuracy), batch_size)
+    if runtime not in _RUNTIMES:
+        raise ConfigError(f"--runtime: got `{runtime}`, expected one of {', '.join(_RUNTIMES)}")
+    return Wanted(parsed, _accuracy(min_accuracy), batch_size, threads, runtime)
 
 
 def _accuracy(text: str | None) -> float | None:
@@ -215,6 +226,8 @@ def _limits(found: Comparison, wanted: Wanted) -> str:
 
 def _notes(found: Comparison, machine_id: str) -> list[str]:
     notes = []
+    if "latency" in found.limits and found.setting is not None:
+        notes.append(_which_latency(found.setting))
     if found.teacher is not None and not found.teacher.misses and found.limits:
         notes.append("The teacher itself is within the limits.")
     if "latency" in found.limits:
@@ -240,6 +253,14 @@ def _notes(found: Comparison, machine_id: str) -> list[str]:
             "or of another teacher."
         )
     return notes
+
+
+def _which_latency(setting: Setting) -> str:
+    where = setting._replace(runtime=PYTORCH)
+    note = f"Latency is that of {_RUNTIMES[setting.runtime]}, {where}."
+    if setting.runtime == "onnxruntime-int8":
+        note += " All other figures are of the float32 model."
+    return note
 
 
 def _percent(value: float | None) -> str:

@@ -23,7 +23,7 @@ distill: {epochs: 2}
 stitch: {max_damage: 5.0, recalibrate_batches: 2}
 finetune: {epochs: 1}
 shrink: {recipe: []}
-evaluate: {latency_batch_sizes: [1, 8], latency_seconds: 0.05}
+evaluate: {latency_batch_sizes: [1, 8], latency_seconds: 0.05, runtimes: [pytorch]}
 register: {name: tiny}
 """
 

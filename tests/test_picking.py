@@ -91,11 +91,12 @@ def test_the_choice_is_explained_with_the_test_accuracy_beside(workspace) -> Non
         "most 5 ms, accuracy at least 90.00%): 90.00% on the validation split, 88.00% on the test "
         "split, 500 kB, 2 ms."
     )
-    assert answer.sentences[1] == (
+    assert answer.sentences[1] == "Latency is that of PyTorch, batch 1 on cpu, 1 thread."
+    assert answer.sentences[2] == (
         "1 of 2 students have no latency of this machine (but on: processor of elsewhere); only "
         "such ones compare: run here `pbkd evaluate --remeasure` and `pbkd register`."
     )
-    assert answer.sentences[2] == "Left out: 1 version of other data or of another teacher."
+    assert answer.sentences[3] == "Left out: 1 version of other data or of another teacher."
     verdicts = {row[1]: row[-1] for row in answer.table.rows}
     assert verdicts == {
         "teacher": "not a student",
@@ -337,3 +338,10 @@ def test_files_that_are_gone_are_told(stored, workspace) -> None:
     shutil.rmtree(stored)
     with pytest.raises(TrackingError, match="the files of models:/tiny/3 cannot be read"):
         load("models:/tiny/3")
+
+
+def test_an_unknown_runtime_is_refused_and_int8_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--runtime: got `tflite`, expected one of pytorch,"):
+        wanted_from({}, runtime="tflite")
+    wanted = wanted_from({}, threads=2, runtime="onnxruntime-int8")
+    assert (wanted.threads, wanted.runtime) == (2, "onnxruntime-int8")

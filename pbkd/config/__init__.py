@@ -11,6 +11,8 @@ from pbkd.config.candidates import (
     NarrowConfig,
     SeparableConfig,
 )
+from pbkd.config.distillation import DistillationConfig
+from pbkd.config.edits import Edit, Factorized, Resized
 from pbkd.config.load import load_params
 from pbkd.config.section import Fraction, Section
 from pbkd.config.sections import (
@@ -24,9 +26,18 @@ from pbkd.config.sections import (
     PrepareConfig,
     RegisterConfig,
     RepairConfig,
-    ShrinkConfig,
     StitchConfig,
     TeacherConfig,
+)
+from pbkd.config.shrink import (
+    CodeStep,
+    LowRankStep,
+    PruneChannelsStep,
+    PruneStep,
+    QuantizeStep,
+    ShrinkConfig,
+    StepConfig,
+    TuneConfig,
 )
 
 __all__ = [
@@ -35,9 +46,13 @@ __all__ = [
     "BlocksConfig",
     "BottleneckConfig",
     "CandidateConfig",
+    "CodeStep",
     "CustomConfig",
     "DistillConfig",
+    "DistillationConfig",
+    "Edit",
     "EvaluateConfig",
+    "Factorized",
     "Figure",
     "FinetuneConfig",
     "Fraction",
@@ -45,18 +60,25 @@ __all__ = [
     "IdentityConfig",
     "Limit",
     "LowRankConfig",
+    "LowRankStep",
     "NarrowConfig",
     "Params",
     "PrepareConfig",
+    "PruneChannelsStep",
+    "PruneStep",
+    "QuantizeStep",
     "RegisterConfig",
     "RepairConfig",
+    "Resized",
     "Section",
     "SeparableConfig",
     "ShrinkConfig",
+    "StepConfig",
     "StitchConfig",
     "StudentConfig",
     "SweepConfig",
     "TeacherConfig",
+    "TuneConfig",
     "load_params",
     "parse_limit",
 ]

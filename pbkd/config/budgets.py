@@ -94,15 +94,19 @@ def _checked(figure: Figure) -> AfterValidator:
     return AfterValidator(check)
 
 
+MacsLimit = Annotated[float | str | None, _checked("macs")]
+LatencyLimit = Annotated[float | str | None, _checked("latency")]
+
+
 class StudentConfig(Section):
     """A budget: each limit a share of the teacher's figure (0.25, 25%) or absolute (500k, 5ms)."""
 
     max_parameters: Annotated[float | str | None, _checked("parameters")] = None
-    max_macs: Annotated[float | str | None, _checked("macs")] = None
+    max_macs: MacsLimit = None
     max_bytes: Annotated[float | str | None, _checked("bytes")] = Field(
         None, description="of the weights' file, before `shrink`"
     )
-    max_latency: Annotated[float | str | None, _checked("latency")] = Field(
+    max_latency: LatencyLimit = Field(
         None, description="of one batch of `stitch.latency_batch_size` images, on this machine"
     )
 

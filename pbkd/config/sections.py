@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 
 from pbkd.config.budgets import StudentConfig, SweepConfig
 from pbkd.config.candidates import CandidateConfig, SeparableConfig
+from pbkd.config.distillation import DistillationConfig
 from pbkd.config.section import Fraction, Section
+from pbkd.config.shrink import ShrinkConfig
 
 
 class AugmentConfig(Section):
@@ -258,27 +260,9 @@ class StitchConfig(Section):
         return self
 
 
-class FinetuneConfig(Section):
-    """End-to-end distillation of a stitched student (Hinton et al., arXiv 1503.02531)."""
+class FinetuneConfig(DistillationConfig):
+    """End-to-end distillation of a stitched student, and its baselines."""
 
-    epochs: int = Field(8, ge=0, description="passes over the training split, at most")
-    patience: int = Field(
-        8,
-        ge=1,
-        description="epochs without a better validation accuracy before training stops, counted "
-        "once the schedule has risen",
-    )
-    batch_size: int = Field(64, ge=2, description="images per step")
-    lr: float = Field(0.05, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
-    weight_decay: float = Field(5e-4, ge=0)
-    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
-    temperature: float = Field(4.0, gt=0, description="softens both distributions")
-    label_weight: Fraction = Field(
-        0.1, description="share of the cross-entropy with labels; the rest is distillation"
-    )
-    restarts: int = Field(
-        2, ge=0, description="a diverging training begins again, at a quarter of `lr`, so often"
-    )
     baselines: tuple[Literal["scratch", "distill"], ...] = Field(
         (),
         description="for each student the same architecture with random weights, trained for as "
@@ -286,26 +270,37 @@ class FinetuneConfig(Section):
     )
 
 
-class ShrinkConfig(Section):
-    """Steps that make a finished student's file smaller; an empty recipe passes it through."""
-
-    recipe: tuple[()] = Field((), description="steps, in order; none exists in this version")
-
-
 class EvaluateConfig(Section):
     """What is measured of teacher and students."""
 
     batch_size: int = Field(256, ge=1, description="images per batch for the accuracy")
     latency_batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 256)
+    latency_threads: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(
+        (1, None), min_length=1, description="CPU threads of a measurement; null: all cores"
+    )
+    runtimes: tuple[Literal["pytorch", "onnxruntime", "onnxruntime-int8"], ...] = Field(
+        ("pytorch", "onnxruntime"),
+        description="what runs the models, on the CPU but for pytorch; those that are not "
+        "installed are left out",
+    )
+    calibration_images: int = Field(
+        256, ge=1, description="training images that set the ranges of int8 activations, at most"
+    )
     latency_seconds: float = Field(
         2.0,
         gt=0,
-        description="measuring time per batch size for teacher and one student; more students get "
-        "more in proportion",
+        description="measuring time per batch size for teacher and one student, shared by threads "
+        "and runtimes; more students get more in proportion",
     )
     latency_max_seconds: float = Field(
         120.0, gt=0, description="per batch size, no round of all models begins after this time"
     )
+
+    @model_validator(mode="after")
+    def _pytorch_is_measured(self) -> EvaluateConfig:
+        if "pytorch" not in self.runtimes:
+            raise ValueError("`runtimes` needs `pytorch`, which the others are compared with")
+        return self
 
 
 class RegisterConfig(Section):

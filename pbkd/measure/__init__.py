@@ -4,6 +4,7 @@ from pbkd.measure.counter import CounterError, EnergyCounter, PowerIntegral, Unw
 from pbkd.measure.energy import EnergyMeter, EnergyReading, EnergyWindow, job_energy_j
 from pbkd.measure.eval_mode import eval_mode
 from pbkd.measure.flops import FLOPS_PER_MAC, count_macs
+from pbkd.measure.headline import headline
 from pbkd.measure.latency import Latency, measure_interleaved, measure_latency
 from pbkd.measure.machine import Machine, processor_name, this_machine, usable_cores
 from pbkd.measure.nvml import GpuInfo, device_info, device_is_shared, nvml_counters
@@ -26,6 +27,7 @@ __all__ = [
     "device_info",
     "device_is_shared",
     "eval_mode",
+    "headline",
     "job_energy_j",
     "measure_interleaved",
     "measure_latency",

@@ -1,5 +1,7 @@
 """How long a forward pass takes: one model, or several in one run, so that they compare.
 
+A model is a module of PyTorch, or any function of a batch, such as a session of another runtime.
+
 Shape legend: n = images, c = channels, h, w = height and width in pixels.
 """
 
@@ -71,7 +73,7 @@ def measure_latency(
 
 
 def measure_interleaved(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Callable[[Tensor], object]],
     example_nchw: Tensor,
     *,
     batch_size: int,
@@ -86,7 +88,8 @@ def measure_interleaved(
     number of threads is set for the process meanwhile; it and the models' modes are then restored.
 
     Args:
-        models: on the device of ``example_nchw``.
+        models: modules on the device of ``example_nchw``; or functions of a batch on that device,
+            which return when they are done and keep to ``threads`` by themselves.
         example_nchw: at least one image; repeated or cut to ``batch_size``. Device, dtype and
             memory format of the measurement are its own.
         batch_size: images per call, at least 1.
@@ -104,7 +107,8 @@ def measure_interleaved(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_threads(threads))
         for model in models.values():
-            stack.enter_context(eval_mode(model))
+            if isinstance(model, nn.Module):
+                stack.enter_context(eval_mode(model))
         calls = {name: _timed_call(model, x_nchw) for name, model in models.items()}
         durations_s = _in_turns(calls, min_duration_s, repeats, max_duration_s)
     return {name: _summary(durations_s[name], x_nchw, threads) for name in models}
@@ -120,7 +124,7 @@ def _threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _timed_call(model: nn.Module, x_nchw: Tensor) -> Callable[[], float]:
+def _timed_call(model: Callable[[Tensor], object], x_nchw: Tensor) -> Callable[[], float]:
     """A function that runs the model once and returns the seconds it took."""
 
     def call() -> float:

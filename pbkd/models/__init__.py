@@ -3,8 +3,10 @@
 from pbkd.models.checkpoint import (
     ModelCard,
     build_classifier,
+    fill,
     load_teacher,
     load_weights,
+    model_digest,
     read_card,
     save_model,
 )
@@ -39,10 +41,12 @@ __all__ = [
     "check_name",
     "check_network",
     "check_weights",
+    "fill",
     "fit",
     "load_pretrained",
     "load_teacher",
     "load_weights",
+    "model_digest",
     "network_code",
     "network_names",
     "predict",

@@ -19,7 +19,7 @@ from pbkd.artifacts import (
     tensors_digest,
     write_json,
 )
-from pbkd.config import AugmentConfig, CandidateConfig
+from pbkd.config import AugmentConfig, CandidateConfig, Edit
 from pbkd.errors import ArtifactError
 from pbkd.models.zoo import Classifier, NetworkSpec, build_network
 
@@ -36,6 +36,7 @@ class ModelCard(BaseModel):
         image_size: height and width for which the model was made, pixels.
         augment: the changes under which it was trained; later stages train under the same.
         replacements: block path to the candidate that stands there; empty for a teacher.
+        edits: how `shrink` changed the structure after that, in order.
         data_digest: of the prepared data.
         digest: of the weights and of everything above.
     """
@@ -49,12 +50,13 @@ class ModelCard(BaseModel):
     class_names: tuple[str, ...]
     augment: AugmentConfig
     replacements: dict[str, CandidateConfig] = {}
+    edits: tuple[Edit, ...] = ()
     data_digest: str
     digest: str = ""
 
 
 def build_classifier(card: ModelCard, *, allow_code: bool = False) -> Classifier:
-    """The teacher's architecture with fresh weights; replacements are not put in.
+    """The teacher's architecture with fresh weights; replacements and edits are not put in.
 
     Args:
         allow_code: whether a network of the user's own may be imported; see ``build_network``.
@@ -65,7 +67,7 @@ def build_classifier(card: ModelCard, *, allow_code: bool = False) -> Classifier
 def save_model(folder: Path, model: nn.Module, card: ModelCard) -> ModelCard:
     """Write weights, then the card with the digest of both; returns that card."""
     state = model.state_dict()
-    card = card.model_copy(update={"digest": _digest(card, state)})
+    card = card.model_copy(update={"digest": model_digest(card, state)})
     save_tensors(folder / WEIGHTS, state)
     write_json(folder / CARD, card)
     return card
@@ -88,11 +90,20 @@ def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
         ArtifactError: truncated, changed, or of another architecture.
     """
     state = load_tensors(folder / WEIGHTS)
-    if _digest(card, state) != card.digest:
+    if model_digest(card, state) != card.digest:
         raise ArtifactError(
             f"{folder}: {WEIGHTS} and {CARD} do not belong together, or one was changed; run the "
             "stage that writes them again"
         )
+    fill(model, state, card, str(folder / WEIGHTS))
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], card: ModelCard, what: str) -> None:
+    """Give a built model its weights; ``what`` names where they come from.
+
+    Raises:
+        ArtifactError: they are those of another architecture.
+    """
     own = model.state_dict()
     try:
         if missing := own.keys() - state.keys():
@@ -100,9 +111,7 @@ def load_weights(folder: Path, model: nn.Module, card: ModelCard) -> None:
         own.update(state)  # unlike a plain dict, it has the modules' versions, which some ask for
         model.load_state_dict(own)
     except RuntimeError as error:
-        raise ArtifactError(
-            f"{folder / WEIGHTS} does not fit network `{card.network.name}`: {error}"
-        ) from None
+        raise ArtifactError(f"{what} does not fit network `{card.network.name}`: {error}") from None
 
 
 def load_teacher(folder: Path, *, allow_code: bool = False) -> tuple[Classifier, ModelCard]:
@@ -113,6 +122,9 @@ def load_teacher(folder: Path, *, allow_code: bool = False) -> tuple[Classifier,
     return teacher.eval().requires_grad_(False), card
 
 
-def _digest(card: ModelCard, state: dict[str, Tensor]) -> str:
+def model_digest(card: ModelCard, state: dict[str, Tensor]) -> str:
+    """The card's digest, of the weights and of the card without its digest."""
     described = card.model_dump(mode="json", exclude={"digest"})
+    if not card.edits:
+        del described["edits"]  # models of earlier versions have none in their digest
     return digest_of({"weights": tensors_digest(state), "card": described})

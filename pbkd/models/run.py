@@ -55,6 +55,10 @@ Stopped = Literal["epochs", "plateau", "diverged"]
 """Why a training ended: all epochs done, no better accuracy, or no restart left."""
 
 
+Keep = Literal["best", "last"]
+"""Which weights a training ends with: those of the best validation accuracy, or the last ones."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """How a guarded training ended.
@@ -84,10 +88,12 @@ class Run:
         recipe: Recipe,
         guard: Guard | None = None,
         after_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[int], None] = lambda _: None,
+        keep: Keep = "best",
     ) -> None:
         self.model, self.train, self.val = model, train, val
         self.loss, self.recipe, self.guard = loss, recipe, guard
-        self.after_step = after_step
+        self.after_step, self.before_step, self.keep = after_step, before_step, keep
         self.began_at, self.elapsed_s = time.monotonic(), 0.0
         self.steps_per_epoch = sum(1 for _ in train.rows(0, recipe.batch_size))
         self.num_steps = recipe.epochs * self.steps_per_epoch
@@ -125,7 +131,7 @@ class Run:
         record = EpochRecord(number, train_loss, accuracy, self.restarts)
         self.history += json.dumps(asdict(record)) + "\n"
         _log.info("epoch %d: loss %.4f, accuracy %.4f", number, train_loss, accuracy)
-        if accuracy >= self.best_accuracy:
+        if accuracy >= self.best_accuracy or self.keep == "last":
             self.best_accuracy, self.best_state = accuracy, _copy(self.model)
         patience = self.guard.patience if self.guard is not None else None
         if patience is not None and self._has_risen and self.watch.is_plateau(accuracy, patience):
@@ -135,7 +141,7 @@ class Run:
             self.stopped = "epochs"
 
     def finish(self) -> Fitted:
-        """Put the best weights in."""
+        """Put the weights in that are kept."""
         assert self.stopped is not None
         self.model.load_state_dict(self.best_state)
         self.model.eval()
@@ -200,6 +206,7 @@ class Run:
             batches = self.train.epoch(number, self.recipe.batch_size)
             losses: list[Tensor] = []
             for batch in batches:
+                self.before_step(number * self.steps_per_epoch + len(losses))
                 losses.append(self.step(batch))
                 self.after_step()
                 if self._time_is_up:

@@ -18,7 +18,7 @@ from pbkd.devices import enough_memory
 from pbkd.models.guard import Guard
 from pbkd.models.recipe import Recipe as Recipe
 from pbkd.models.run import EpochRecord as EpochRecord
-from pbkd.models.run import Fitted, Loss, Run
+from pbkd.models.run import Fitted, Keep, Loss, Run
 
 _CHECKPOINT_EVERY_S = 10.0
 
@@ -65,6 +65,8 @@ def fit_guarded(
     history: Path,
     checkpoint: Path | None = None,
     after_step: Callable[[], None] = lambda: None,
+    before_step: Callable[[int], None] = lambda _: None,
+    keep: Keep = "best",
 ) -> Fitted:
     """As ``fit``, with an end at a plateau and restarts instead of an error.
 
@@ -74,12 +76,15 @@ def fit_guarded(
     Args:
         loss: its value for equal logits is the scale by which an explosion is told.
         after_step: called after each step, as a sign of life.
+        before_step: called before each step with the number of steps that came before it, in this
+            attempt, those before a checkpoint included.
+        keep: the last weights, instead of the best ones.
 
     Raises:
         TrainingError: a batch does not fit into memory.
     """
     with _enough_memory(recipe):
-        run = Run(model, train, val, loss, recipe, guard, after_step)
+        run = Run(model, train, val, loss, recipe, guard, after_step, before_step, keep)
         return _drive(run, history, checkpoint)
 
 

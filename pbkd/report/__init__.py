@@ -9,6 +9,7 @@ from pbkd.report.results import (
     REPORT,
     BaselineSeconds,
     BlockPhase,
+    ExportFigures,
     JobFigures,
     LatencyFigures,
     MachineFigures,
@@ -21,6 +22,8 @@ from pbkd.report.results import (
     read_measured,
     read_metrics,
 )
+from pbkd.report.runtimes import export_table, runtime_table
+from pbkd.report.shrinking import file_sentence, shrink_table
 from pbkd.report.tables import (
     Table,
     block_phase_sentence,
@@ -34,6 +37,7 @@ __all__ = [
     "REPORT",
     "BaselineSeconds",
     "BlockPhase",
+    "ExportFigures",
     "JobFigures",
     "LatencyFigures",
     "MachineFigures",
@@ -46,10 +50,14 @@ __all__ = [
     "Table",
     "TraineeFigures",
     "block_phase_sentence",
+    "export_table",
+    "file_sentence",
     "final_table",
     "read_measured",
     "read_metrics",
     "render",
+    "runtime_table",
+    "shrink_table",
     "stage_table",
     "summary_sentence",
 ]

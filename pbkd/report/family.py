@@ -24,7 +24,8 @@ def summary_sentence(metrics: Metrics, measured: Measured, network: str = "The t
     name, why = _told_of(metrics)
     student = metrics.students[name]
     points = 100 * (student.test_accuracy - metrics.teacher.test_accuracy)
-    pairs = list(zip(measured.latency["teacher"], measured.latency[name], strict=True))
+    latency = measured.headline
+    pairs = list(zip(latency["teacher"], latency[name], strict=True))
     pairs.sort(key=lambda pair: pair[0].batch_size)
     speeds = [
         f"{_faster(teacher.median_ms / own.median_ms)} at batch {own.batch_size}"
@@ -115,11 +116,12 @@ def _as_columns(metrics: Metrics, measured: Measured) -> Table:
         ("MACs per image", *with_ratio(lambda m: m.macs)),
         ("file bytes", *with_ratio(lambda m: m.file_bytes)),
     ]
-    for index, entry in enumerate(measured.latency["teacher"]):
+    latency = measured.headline
+    for index, entry in enumerate(latency["teacher"]):
         baseline = entry.median_ms
         cells = [f"{baseline:.2f}"]
         for name in students:
-            median = measured.latency[name][index].median_ms
+            median = latency[name][index].median_ms
             cells.append(f"{median:.2f} ({_faster(baseline / median)})")
         rows.append((f"latency, batch {entry.batch_size} (ms)", *cells))
     return Table("Teacher and students", ("", "teacher", *students), tuple(rows))
@@ -127,7 +129,8 @@ def _as_columns(metrics: Metrics, measured: Measured) -> Table:
 
 def _as_rows(metrics: Metrics, measured: Measured) -> Table:
     teacher = metrics.teacher
-    figures = measured.latency["teacher"]
+    latency = measured.headline
+    figures = latency["teacher"]
 
     def row(name: str, model: ModelFigures | StudentFigures) -> tuple[str, ...]:
         is_teacher = model is teacher
@@ -135,7 +138,7 @@ def _as_rows(metrics: Metrics, measured: Measured) -> Table:
         def share(own: float, whole: float) -> str:
             return "" if is_teacher else f" ({share_text(own / whole)})"
 
-        pairs = list(zip(measured.latency[name], figures, strict=True))
+        pairs = list(zip(latency[name], figures, strict=True))
         return (
             name,
             f"{model.test_accuracy:.2%}",

@@ -26,6 +26,8 @@ from pbkd.report.results import (
     Metrics,
     TraineeFigures,
 )
+from pbkd.report.runtimes import export_sentence, export_table, runtime_table
+from pbkd.report.shrinking import file_sentence, shrink_table, zeros_sentence
 from pbkd.report.tables import (
     Table,
     block_phase_sentence,
@@ -81,13 +83,19 @@ def render(inputs: ReportInputs) -> str:
         finetuned=inputs.params.finetune.epochs > 0,
         final=final_table(metrics, measured),
         as_rows=len(metrics.students) > MAX_COLUMNS,
-        latency=measured.latency["teacher"],
+        latency=measured.headline["teacher"],
         repeats=_repeats(measured),
+        runtimes=runtime_table(metrics, measured),
+        exports=export_table(metrics, measured),
+        parity=export_sentence(measured),
         pictures=pictures,
         are_small=num_models <= pareto.FEW,
         are_all_named=num_models <= pareto.MANY,
         marks=pareto.keys(metrics),
         accuracy=accuracy_table(metrics, measured),
+        shrinking=shrink_table(metrics),
+        files=file_sentence(metrics),
+        zeros=next(filter(None, map(zeros_sentence, metrics.students.values())), None),
         baselines=baseline_table(metrics, measured),
         against_baselines=baseline_sentences(metrics),
         budgets=budget_table(metrics, measured),
@@ -141,6 +149,7 @@ def machine_table(machine: MachineFigures, date: str) -> Table:
         ("pbkd", __version__),
         ("Python", machine.python),
         ("PyTorch", machine.torch),
+        *((("onnxruntime", machine.onnxruntime),) if machine.onnxruntime else ()),
     )
     return Table("Machine and versions", ("", "value"), rows)
 
@@ -148,7 +157,7 @@ def machine_table(machine: MachineFigures, date: str) -> Table:
 def _repeats(measured: Measured) -> list[str]:
     """Per batch size: from how many passes a median comes; least and most of all models."""
     texts = []
-    for entries in zip(*measured.latency.values(), strict=True):
+    for entries in zip(*measured.headline.values(), strict=True):
         counts = [entry.repeats for entry in entries]
         low, high = min(counts), max(counts)
         texts.append(str(low) if low == high else f"{low} to {high}")

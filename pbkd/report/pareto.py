@@ -86,12 +86,13 @@ def pictures(metrics: Metrics, measured: Measured, network: str) -> dict[str, st
         (Axis("file size", "file size", size_text), lambda _, model: model.file_bytes),
         (Axis("MACs", "MACs per image", count_text), lambda _, model: model.macs),
     ]
-    for index, entry in enumerate(measured.latency["teacher"]):
+    latency = measured.headline
+    for index, entry in enumerate(latency["teacher"]):
         title = f"latency at batch {entry.batch_size}"
         axis = Axis(title, f"{title} ({entry.device})", ms_text)
 
         def latency_ms(name: str, _: ModelFigures, index: int = index) -> float:
-            return measured.latency[name][index].median_ms
+            return latency[name][index].median_ms
 
         entries.append((axis, latency_ms))
     return {

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from pbkd.artifacts import read_json
 from pbkd.distill import Damage
 from pbkd.errors import ArtifactError
+from pbkd.measure import headline
+from pbkd.shrink import StepFigures
 
 METRICS = "metrics.json"
 MEASURED = "measured.json"
@@ -31,7 +33,9 @@ class ModelFigures(_Record):
     Attributes:
         val_accuracy, test_accuracy: 0 to 1.
         macs: multiply-accumulates of one image (1 MAC = 2 FLOPs).
-        file_bytes: of the weights' safetensors file.
+        file_bytes: of the `.pbkd` file where the model was coded, else of the weights' safetensors
+            file.
+        num_nonzero: parameters that are not exactly 0; null in files of older versions.
     """
 
     val_accuracy: float
@@ -39,6 +43,12 @@ class ModelFigures(_Record):
     num_parameters: int
     macs: int
     file_bytes: int
+    num_nonzero: int | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the file per parameter, zeros counted."""
+        return 8 * self.file_bytes / self.num_parameters
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -46,7 +56,7 @@ class ModelFigures(_Record):
         return {
             name: float(value)
             for name, value in self.model_dump().items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and not isinstance(value, bool)
         }
 
 
@@ -62,6 +72,8 @@ class StudentFigures(ModelFigures):
         stitched_damage: KL(teacher || stitched student), nats; null where it is not finite.
         bytes_ratio: the teacher's file bytes over the student's.
         blocks_replaced, blocks_total: candidates in place, of the blocks that had one.
+        steps: of `shrink`, the student as it came first; empty where its recipe is.
+        is_coded: whether ``file_bytes`` is of a `.pbkd` file.
     """
 
     stitched_val_accuracy: float
@@ -76,6 +88,8 @@ class StudentFigures(ModelFigures):
     bytes_ratio: float
     blocks_replaced: int
     blocks_total: int
+    steps: tuple[StepFigures, ...] = ()
+    is_coded: bool = False
 
 
 BASELINES = {"scratch": "from scratch", "distill": "distilled whole"}
@@ -101,7 +115,13 @@ class Metrics(_Record):
 
 
 class LatencyFigures(_Record):
-    """Milliseconds per batch: quartiles over ``repeats`` passes, models measured in turns."""
+    """Milliseconds per batch: quartiles over ``repeats`` passes, models measured in turns.
+
+    Attributes:
+        threads: CPU threads within an operation.
+        device: as torch names it, like ``cpu`` or ``cuda:0``.
+        runtime: pytorch, onnxruntime or onnxruntime-int8.
+    """
 
     median_ms: float
     p25_ms: float
@@ -110,10 +130,30 @@ class LatencyFigures(_Record):
     batch_size: int
     threads: int
     device: str
+    runtime: str = "pytorch"
+
+
+class ExportFigures(_Record):
+    """A model's ONNX file, as one runtime runs it, against the model itself.
+
+    Attributes:
+        max_difference, max_logit: largest absolute difference of two logits, and the model's
+            largest absolute logit, over ``num_images`` validation images.
+        same_predictions: share of these images with the same answer, 0 to 1.
+        val_accuracy, test_accuracy: 0 to 1; null for float32, whose answers are the model's.
+    """
+
+    file_bytes: int
+    max_difference: float
+    max_logit: float
+    same_predictions: float
+    num_images: int
+    val_accuracy: float | None = None
+    test_accuracy: float | None = None
 
 
 class MachineFigures(_Record):
-    """The machine on which the figures were taken."""
+    """The machine on which the figures were taken; ``onnxruntime``: null where it was not used."""
 
     machine_id: str
     processor: str
@@ -121,6 +161,7 @@ class MachineFigures(_Record):
     gpus: tuple[str, ...]
     python: str
     torch: str
+    onnxruntime: str | None = None
 
 
 class StageFigures(_Record):
@@ -204,7 +245,9 @@ class Measured(_Record):
 
     Attributes:
         date: when the latency was measured.
-        latency: model (teacher or student) to figures by batch size; a baseline has its student's.
+        latency: model (teacher or student) to figures by batch size, threads and runtime; a
+            baseline has its student's.
+        exports: model, then runtime to what its file is; lacks those that were not made.
         stages: lacks those of which this machine has no record.
         block_phase: null where no block was ever trained here.
         device_s: student to the device seconds that it took: the whole block phase, repair
@@ -222,6 +265,12 @@ class Measured(_Record):
     device_s: dict[str, float] = {}
     baselines: dict[str, dict[str, BaselineSeconds]] = {}
     stitched_latency_ms: dict[str, float] = {}
+    exports: dict[str, dict[str, ExportFigures]] = {}
+
+    @property
+    def headline(self) -> dict[str, tuple[LatencyFigures, ...]]:
+        """Model to PyTorch's latency by batch size: on the GPU, else with the most threads."""
+        return {name: headline(entries) for name, entries in self.latency.items()}
 
 
 def read_metrics(results: Path) -> Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import torch
 
 from pbkd.artifacts import Workspace, atomic_path, digest_of, read_json, write_json
-from pbkd.config import AugmentConfig, EvaluateConfig
+from pbkd.config import AugmentConfig
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
 from pbkd.distill import TRAINEES
 from pbkd.distill.trainee import HISTORY, read_history
-from pbkd.measure import count_macs, measure_interleaved, num_parameters, this_machine, usable_cores
+from pbkd.export import runtime_version
+from pbkd.measure import count_macs, num_parameters, this_machine
 from pbkd.models import Classifier, ModelCard, predict, read_card
 from pbkd.models.checkpoint import WEIGHTS
 from pbkd.report import (
@@ -25,7 +25,6 @@ from pbkd.report import (
     REPORT,
     BaselineSeconds,
     BlockPhase,
-    LatencyFigures,
     MachineFigures,
     Measured,
     Metrics,
@@ -37,19 +36,16 @@ from pbkd.report import (
     render,
 )
 from pbkd.report.results import BASELINES
+from pbkd.shrink import FILE, ShrinkRecord, read_record
+from pbkd.shrink.figures import num_nonzero
 from pbkd.stages.context import StageContext, stage_records, student_folders
 from pbkd.stages.device_time import student_device_s
 from pbkd.stages.distill import Distilled, read_distilled
+from pbkd.stages.runtimes import measure_runtimes
 from pbkd.stages.stitch import Stitched, read_stitched
 from pbkd.students import load_model
 from pbkd.students.baseline import Baseline
 from pbkd.students.finetune import Finetuned
-
-_log = logging.getLogger(__name__)
-
-
-FEW_PASSES = 5
-"""A median of fewer passes is told in the log."""
 
 
 def run(context: StageContext) -> None:
@@ -74,12 +70,16 @@ class FinishedStudent:
     """What the earlier stages say of a student.
 
     Attributes:
+        shrunk: the steps of its recipe.
+        is_coded: whether it ended as a `.pbkd` file.
         baselines: kind to record.
         folder: of the fine-tuned student; baselines are below it.
     """
 
     stitched: Stitched
     finetuned: Finetuned
+    shrunk: ShrinkRecord
+    is_coded: bool
     baselines: dict[str, Baseline]
     folder: Path
 
@@ -87,10 +87,13 @@ class FinishedStudent:
     def read(cls, workspace: Workspace, name: str) -> FinishedStudent:
         """ArtifactError where a record is missing."""
         folder = workspace.artifacts("finetune") / name
+        shrunk = workspace.artifacts("shrink") / name
         paths = {kind: folder / f"baseline-{kind}" / "baseline.json" for kind in BASELINES}
         return cls(
             stitched=read_stitched(workspace, name),
             finetuned=Finetuned.model_validate(read_json(folder / "finetune.json")),
+            shrunk=read_record(shrunk),
+            is_coded=(shrunk / FILE).is_file(),
             baselines={
                 kind: Baseline.model_validate(read_json(path))
                 for kind, path in paths.items()
@@ -154,8 +157,15 @@ def _figures(context: StageContext, model: Classifier, folder: Path) -> ModelFig
         test_accuracy=accuracy["test"],
         num_parameters=num_parameters(model),
         macs=count_macs(model, torch.zeros(1, *prepared.image_shape)),
-        file_bytes=(folder / WEIGHTS).stat().st_size,
+        file_bytes=_file(folder).stat().st_size,
+        num_nonzero=num_nonzero(model),
     )
+
+
+def _file(folder: Path) -> Path:
+    """What a user of the model copies: its `.pbkd` file if it was coded, else its weights."""
+    coded = folder / FILE
+    return coded if coded.is_file() else folder / WEIGHTS
 
 
 def _baselines(context: StageContext, student: FinishedStudent) -> dict[str, ModelFigures]:
@@ -186,6 +196,8 @@ def _student_figures(
         bytes_ratio=teacher.file_bytes / own.file_bytes,
         blocks_replaced=sum(choice.candidate is not None for choice in stitched.choices),
         blocks_total=len(stitched.choices),
+        steps=finished.shrunk.steps,
+        is_coded=finished.is_coded,
     )
 
 
@@ -201,16 +213,22 @@ def _measured(
     config, workspace = context.params.evaluate, context.workspace
     machine = this_machine()
     digests = {name: card.digest for name, (_, card) in models.items()}
-    key = digest_of({"models": digests, "config": config})
+    key = digest_of({"models": digests, "config": config, "onnxruntime": runtime_version()})
     kept = _kept(workspace) / machine.machine_id / f"{key}.json"
     if not kept.is_file():
-        write_json(kept, {"date": _today(), "latency": latencies(config, models)})
+        found = measure_runtimes(config, models, load_prepared(workspace.prepared))
+        write_json(kept, {"date": _today(), **found._asdict()})
     entry = read_json(kept)
     phase = workspace.state / "block_phase.json"
     return Measured(
-        machine=MachineFigures(machine_id=machine.machine_id, **asdict(machine)),
+        machine=MachineFigures(
+            machine_id=machine.machine_id,
+            **asdict(machine),
+            onnxruntime=runtime_version() if entry["exports"] else None,
+        ),
         date=entry["date"],
         latency=entry["latency"],
+        exports=entry["exports"],
         stages=stage_figures(workspace),
         block_phase=BlockPhase.model_validate(read_json(phase)) if phase.is_file() else None,
         device_s=_device_s(workspace, finished),
@@ -247,44 +265,6 @@ def stage_figures(workspace: Workspace) -> dict[str, StageFigures]:
         name: StageFigures(duration_s=record.duration_s, energy_j=record.energy_j)
         for name, record in stage_records(workspace).items()
     }
-
-
-def latencies(
-    config: EvaluateConfig, models: dict[str, tuple[Classifier, ModelCard]]
-) -> dict[str, list[LatencyFigures]]:
-    """All models in turns, batch size by batch size; equal models are measured once.
-
-    A baseline is not among them: it has its student's architecture, and so its latency.
-    """
-    device = best_device()
-    card = models["teacher"][1]
-    example = torch.rand(1, card.network.in_channels, *card.image_size, device=device)
-    measured_as = {card.digest: name for name, (_, card) in reversed(models.items())}
-    nets = {name: models[name][0].to(device) for name in measured_as.values()}
-    figures: dict[str, list[LatencyFigures]] = {name: [] for name in nets}
-    for batch_size in config.latency_batch_sizes:
-        latencies = measure_interleaved(
-            nets,
-            example,
-            batch_size=batch_size,
-            threads=usable_cores(),
-            min_duration_s=config.latency_seconds * max(1.0, len(nets) / 2),
-            max_duration_s=config.latency_max_seconds,
-        )
-        for name, latency in latencies.items():
-            values = asdict(latency)
-            values.pop("dtype")
-            figures[name].append(LatencyFigures(**values))
-        fewest = min(latency.repeats for latency in latencies.values())
-        if fewest < FEW_PASSES:
-            _log.warning(
-                "latency at batch %d rests on only %d passes per model within %g s; raise "
-                "evaluate.latency_max_seconds for more",
-                batch_size,
-                fewest,
-                config.latency_max_seconds,
-            )
-    return {name: figures[measured_as[card.digest]] for name, (_, card) in models.items()}
 
 
 def _today() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pbkd.artifacts import Store, Workspace, atomic_dir, digest_of, link_tree, write_json
+from pbkd.config import FinetuneConfig
 from pbkd.data import load_prepared
 from pbkd.devices import best_device
 from pbkd.errors import disk_errors_explained
@@ -54,6 +55,12 @@ def start(context: StageContext) -> list[FinetuneJob]:
     for source in student_folders(workspace, "stitch"):
         names.setdefault(_key(context, read_card(source), teacher), []).append(source)
     return [_job(context, key, sources) for key, sources in names.items()]
+
+
+def _config(context: StageContext, student: ModelCard) -> FinetuneConfig:
+    """A student that kept all of the teacher's blocks has nothing to learn from it."""
+    config = context.params.finetune
+    return config if student.replacements else config.model_copy(update={"epochs": 0})
 
 
 def run_finetune(job: FinetuneJob) -> None:
@@ -132,7 +139,7 @@ def _job(context: StageContext, key: str, sources: Sequence[Path]) -> FinetuneJo
         student=sources[0],
         teacher=workspace.artifacts("teacher"),
         prepared=workspace.prepared,
-        config=context.params.finetune,
+        config=_config(context, read_card(sources[0])),
         seed=context.params.seed,
         store=workspace.store.root,
         progress=workspace.state / "progress",
@@ -146,7 +153,7 @@ def _key(context: StageContext, student: ModelCard, teacher: ModelCard) -> str:
             "algorithm": ALGORITHM,
             "student": student.digest,  # covers data and augmentation
             "teacher": teacher.digest,
-            "config": context.params.finetune.model_dump(mode="json", exclude={"baselines"}),
+            "config": _config(context, student).model_dump(mode="json", exclude={"baselines"}),
             "seed": context.params.seed,
         }
     )

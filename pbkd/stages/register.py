@@ -114,7 +114,7 @@ def _latency(measured: Measured, name: str) -> MachineLatency:
 def _figures(metrics: Metrics, measured: Measured) -> dict[str, float | None]:
     """The run's figures under MLflow's names, ``model/figure`` and ``phase/figure``."""
     figures: dict[str, float | None] = {}
-    for name, entries in measured.latency.items():
+    for name, entries in measured.headline.items():
         for entry in entries:
             figures[f"{name}/latency_batch_{entry.batch_size}_ms"] = entry.median_ms
     for stage, record in measured.stages.items():

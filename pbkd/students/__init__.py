@@ -1,7 +1,8 @@
 """Choose candidates under budgets, stitch them into the teacher, mend and fine-tune."""
 
-from pbkd.students.assemble import load_model, stitch
+from pbkd.students.assemble import build_model, load_model, stitch
 from pbkd.students.budget import ChosenStudent, check_budgets, choose_students, needs_latency
+from pbkd.students.edits import apply_edits
 from pbkd.students.finetune import finetune
 from pbkd.students.latency_table import LatencyMeter, LatencyTable, forget_latencies
 from pbkd.students.options import Subject
@@ -27,6 +28,8 @@ __all__ = [
     "Option",
     "Selection",
     "Subject",
+    "apply_edits",
+    "build_model",
     "check_budgets",
     "choose_students",
     "finetune",

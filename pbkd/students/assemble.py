@@ -12,6 +12,7 @@ from pbkd.blocks import build_candidate, swap
 from pbkd.config import CandidateConfig, CustomConfig
 from pbkd.errors import CandidateError
 from pbkd.models import Classifier, ModelCard, build_classifier, load_weights, read_card
+from pbkd.students.edits import apply_edits
 
 
 def stitch(
@@ -53,12 +54,39 @@ def load_model(folder: Path, *, allow_code: bool = False) -> tuple[Classifier, M
         ConfigError: the code of a user's own candidate is missing or faulty.
     """
     card = read_card(folder)
-    if not allow_code:
-        _refuse_code(card)
-    model = build_classifier(card, allow_code=allow_code)
-    swap(model.net, _build(model.net, card.replacements))
+    model = build_model(card, allow_code=allow_code)
     load_weights(folder, model, card)
     return model.eval(), card
+
+
+def build_model(
+    card: ModelCard, net: nn.Module | None = None, *, allow_code: bool = False
+) -> Classifier:
+    """A teacher's or student's structure as its card says, with fresh weights.
+
+    Takes (N, C, H, W) float32 in [0, 1].
+
+    Args:
+        net: the teacher's network, instead of the one that the card names; it is changed in place.
+        allow_code: whether the functions that build a network or candidates of the user's own may
+            be imported.
+
+    Raises:
+        ArtifactError: the card's edits belong to another network.
+        TeacherError: the network is the user's own, and ``allow_code`` is not set.
+        CandidateError: a candidate is the user's own, and ``allow_code`` is not set or the code has
+            changed.
+        ConfigError: the code of a user's own candidate is missing or faulty.
+    """
+    if not allow_code:
+        _refuse_code(card)
+    if net is None:
+        model = build_classifier(card, allow_code=allow_code)
+    else:
+        model = Classifier(net, card.mean, card.std)
+    swap(model.net, _build(model.net, card.replacements))
+    apply_edits(model.net, card.edits)
+    return model
 
 
 def _refuse_code(card: ModelCard) -> None:

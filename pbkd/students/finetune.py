@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from pbkd.config import FinetuneConfig
+from pbkd.config import DistillationConfig, FinetuneConfig
 from pbkd.data.batches import Batch, Stream
 from pbkd.distill import distillation_loss
 from pbkd.models import Classifier, Recipe
@@ -77,7 +77,7 @@ def finetune(
     return Finetuned(**vars(fitted))
 
 
-def distilling(teacher: Classifier, config: FinetuneConfig) -> Loss:
+def distilling(teacher: Classifier, config: DistillationConfig) -> Loss:
     """The loss of distillation from a teacher's logits and, by their share, from labels."""
     teacher.eval()
 

@@ -15,6 +15,7 @@ from typing import Any
 from pbkd.artifacts import Workspace, file_digest
 from pbkd.errors import ArtifactError, ConfigError, TrackingError
 from pbkd.models.checkpoint import CARD, WEIGHTS
+from pbkd.shrink import FILE
 from pbkd.tracking.mlflow_run import mlflow_client
 from pbkd.tracking.versions import ModelVersion, read_versions
 
@@ -66,7 +67,7 @@ def find_version(client: Any, uri: str) -> ModelVersion:
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> None:
-    """Copy a version's ``model.json`` and ``model.safetensors`` into a folder.
+    """Copy a version's ``model.json``, ``model.safetensors`` and `model.pbkd`, if any, to a folder.
 
     Raises:
         TrackingError: the registry cannot give them. ArtifactError: they are damaged.
@@ -81,6 +82,8 @@ def fetch_version(version: ModelVersion, folder: Path) -> None:
             )
             for file in (CARD, WEIGHTS):
                 shutil.copyfile(Path(source) / file, folder / file)
+            if (Path(source) / FILE).is_file():
+                shutil.copyfile(Path(source) / FILE, folder / FILE)
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"the files of {version.uri} cannot be read: {error}; was the folder moved or "

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pbkd.config import Figure, Limit
 from pbkd.errors import ConfigError
-from pbkd.tracking.versions import TEACHER, ModelVersion, Setting
+from pbkd.tracking.versions import PYTORCH, TEACHER, ModelVersion, Setting
 
 _FIGURES: Mapping[Figure, str] = {
     "parameters": "num_parameters",
@@ -31,11 +31,16 @@ class Wanted:
         limits: upper limits; a share is one of the teacher's figure.
         min_accuracy: on the validation split, 0 to 1.
         batch_size: images per batch of the latency; None: the smallest that was measured.
+        threads: CPU threads of the latency; None: the GPU where it was measured there, else the
+            fewest threads that were measured.
+        runtime: of the latency.
     """
 
     limits: Mapping[Figure, Limit] = field(default_factory=dict)
     min_accuracy: float | None = None
     batch_size: int | None = None
+    threads: int | None = None
+    runtime: str = PYTORCH
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def compare(
     present = [version for version in versions if version.origin == origin]
     # of a teacher registered twice, the later version
     teacher = next((v for v in reversed(present) if v.student == TEACHER), None)
-    here = _Here(machine_id, _setting(present, wanted.batch_size, machine_id))
+    here = _Here(machine_id, _setting(present, wanted, machine_id))
     limits = {
         figure: limit.of(_share_base(figure, limit, teacher, here))
         for figure, limit in wanted.limits.items()
@@ -160,20 +165,25 @@ def _by_size(entry: Entry) -> tuple[float, float, int]:
     return math.inf if size is None else size, -accuracy, version.number
 
 
-def _setting(
-    versions: Sequence[ModelVersion], batch_size: int | None, machine_id: str
-) -> Setting | None:
-    """The one under which most students were measured here; then small batch, few threads."""
+def _setting(versions: Sequence[ModelVersion], wanted: Wanted, machine_id: str) -> Setting | None:
+    """Of those wanted: the smallest batch; under which most students were measured here; on a GPU;
+    few threads."""
     found = [
         entry.setting
         for version in versions
         if machine_id in version.latency and version.student != TEACHER
         for entry in version.latency[machine_id].entries
     ]
-    wanted = [s for s in found if batch_size in (None, s.batch_size)]
-    smallest = min((s.batch_size for s in wanted), default=0)
-    known = {s for s in wanted if s.batch_size == smallest}
-    return min(known, key=lambda s: (-found.count(s), s), default=None)
+    allowed = [
+        s
+        for s in found
+        if wanted.batch_size in (None, s.batch_size)
+        and (wanted.threads is None or (s.device == "cpu" and s.threads == wanted.threads))
+        and s.runtime == wanted.runtime
+    ]
+    smallest = min((s.batch_size for s in allowed), default=0)
+    known = {s for s in allowed if s.batch_size == smallest}
+    return min(known, key=lambda s: (-found.count(s), s.device == "cpu", s), default=None)
 
 
 def _share_base(figure: Figure, limit: Limit, teacher: ModelVersion | None, here: _Here) -> float:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pbkd._version import __version__
 from pbkd.artifacts import Workspace, file_digest
+from pbkd.measure import headline
 from pbkd.models import Classifier, ModelCard
 from pbkd.models.checkpoint import WEIGHTS
 from pbkd.tracking.mlflow_run import PipelineRun, mlflow_client, tracking_uri
@@ -232,12 +233,9 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
 
 
 def _latency_metrics(candidate: Candidate) -> dict[str, float]:
-    """Latency under names for MLflow's pages; of several settings of a batch size, the slowest."""
-    slowest: dict[str, float] = {}
-    for entry in candidate.latency.entries if candidate.latency else ():
-        key = f"latency_batch_{entry.batch_size}_ms"
-        slowest[key] = max(entry.median_ms, slowest.get(key, 0.0))
-    return slowest
+    """Latency under names for MLflow's pages: of each batch size, the report's headline."""
+    entries = candidate.latency.entries if candidate.latency else ()
+    return {f"latency_batch_{e.batch_size}_ms": e.median_ms for e in headline(entries)}
 
 
 def _describe(candidate: Candidate) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pbkd.errors import TrackingError, did_you_mean
 
 TEACHER = "teacher"
+PYTORCH = "pytorch"
 FIGURES = (
     "val_accuracy",
     "test_accuracy",
@@ -35,10 +36,12 @@ class Setting(NamedTuple):
     batch_size: int
     threads: int
     device: str
+    runtime: str = PYTORCH
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"batch {self.batch_size} on {self.device}{threads if self.device == 'cpu' else ''}"
+        where = f"batch {self.batch_size} on {self.device}{threads if self.device == 'cpu' else ''}"
+        return where if self.runtime == PYTORCH else f"{where}, {self.runtime}"
 
 
 class MeasuredLatency(BaseModel):
@@ -49,11 +52,12 @@ class MeasuredLatency(BaseModel):
     batch_size: int
     threads: int
     device: str
+    runtime: str = PYTORCH
     median_ms: float
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.batch_size, self.threads, self.device)
+        return Setting(self.batch_size, self.threads, self.device, self.runtime)
 
 
 class MachineLatency(BaseModel):

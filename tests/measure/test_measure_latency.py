@@ -128,3 +128,24 @@ class SlowStart(nn.Module):
         self.num_calls += 1
         time.sleep(0.2 if self.num_calls <= 2 else 0.02)
         return x_nchw
+
+
+def test_a_function_is_measured_beside_a_module() -> None:
+    module = Sleeper("module", 0.001, [])
+    calls: list[int] = []
+
+    def function(x_nchw: Tensor) -> None:
+        calls.append(len(x_nchw))
+        time.sleep(0.003)
+
+    found = measure_interleaved(
+        {"module": module, "function": function},
+        IMAGES_NCHW,
+        batch_size=5,
+        threads=1,
+        min_duration_s=0.02,
+        repeats=3,
+    )
+    assert set(calls) == {5}
+    assert found["module"].median_ms < found["function"].median_ms
+    assert found["function"].repeats >= 3

@@ -10,10 +10,13 @@ import pytest
 
 from pbkd.artifacts import Workspace, read_json, write_json
 from pbkd.config import EvaluateConfig
-from pbkd.errors import ArtifactError
+from pbkd.data import load_prepared
+from pbkd.errors import ArtifactError, ExportError
+from pbkd.measure import usable_cores
 from pbkd.report import METRICS, REPORT, Metrics, read_measured, read_metrics
 from pbkd.stages import StageContext, run_stage
-from pbkd.stages.evaluate import FEW_PASSES, FinishedStudent, latencies, model_folders
+from pbkd.stages.evaluate import FinishedStudent, model_folders
+from pbkd.stages.runtimes import FEW_PASSES, latencies, measure_runtimes
 from pbkd.stages.stitch import Stitched
 from pbkd.students import load_model
 from tests.report.html_page import Page
@@ -116,12 +119,15 @@ def loaded(workspace: Workspace, student: str, names: list[str]):
 
 def test_equal_models_are_measured_once_and_every_model_often_enough(finished, student):
     models = loaded(finished, student, ["one", "two"])
-    config = EvaluateConfig(latency_batch_sizes=(1, 4), latency_seconds=0.02)
+    config = EvaluateConfig(
+        latency_batch_sizes=(1, 4), latency_threads=(1, 3), latency_seconds=0.02
+    )
     figures = latencies(config, models)
     assert list(figures) == ["teacher", "one", "two"]
     assert figures["one"] == figures["two"] != figures["teacher"]
     for entries in figures.values():
-        assert [entry.batch_size for entry in entries] == [1, 4]
+        settings = [(entry.batch_size, entry.threads) for entry in entries]
+        assert settings == [(1, 1), (1, 3), (4, 1), (4, 3)]
         assert all(entry.repeats >= 20 for entry in entries)
 
 
@@ -133,3 +139,82 @@ def test_a_median_of_few_passes_is_told(finished, student, caplog):
     fewest = min(entries[0].repeats for entries in figures.values())
     assert fewest >= 1
     assert (fewest < FEW_PASSES) == ("latency_max_seconds" in caplog.text)
+
+
+def test_equal_numbers_of_threads_are_measured_once(finished, student):
+    models = loaded(finished, student, ["one"])
+    config = EvaluateConfig(
+        latency_batch_sizes=(1,), latency_threads=(usable_cores(), None), latency_seconds=0.02
+    )
+    for entries in latencies(config, models).values():
+        assert [entry.threads for entry in entries] == [usable_cores()]
+
+
+# ---------------------------------------------------------------- other runtimes
+
+
+RUNTIMES = {"latency_batch_sizes": (1,), "latency_threads": (1,), "latency_seconds": 0.02}
+
+
+def test_models_are_exported_compared_and_measured_in_every_runtime(finished, student):
+    models = loaded(finished, student, ["one", "two"])
+    prepared = load_prepared(finished.prepared)
+    config = EvaluateConfig(
+        **RUNTIMES, runtimes=("pytorch", "onnxruntime", "onnxruntime-int8"), calibration_images=64
+    )
+    found = measure_runtimes(config, models, prepared)
+    assert found.exports["one"] == found.exports["two"] != found.exports["teacher"]
+    metrics = read_metrics(finished.results)
+    for name in models:
+        assert [entry.runtime for entry in found.latency[name]] == list(config.runtimes)
+        plain, small = found.exports[name]["onnxruntime"], found.exports[name]["onnxruntime-int8"]
+        assert plain.max_difference <= 1e-4 * plain.max_logit
+        assert plain.same_predictions == 1
+        assert plain.val_accuracy is None
+        assert small.file_bytes < plain.file_bytes
+        own = metrics.teacher if name == "teacher" else metrics.students[student]
+        assert abs(small.val_accuracy - own.val_accuracy) < 0.05
+        assert abs(small.test_accuracy - own.test_accuracy) < 0.05
+
+
+def test_a_model_that_cannot_be_exported_has_no_figures_there(
+    finished, student, monkeypatch, caplog
+):
+    def refuse(*_: object) -> None:
+        raise ExportError("it is too wild")
+
+    monkeypatch.setattr("pbkd.stages.runtimes.to_onnx", refuse)
+    models = loaded(finished, student, [])
+    found = measure_runtimes(EvaluateConfig(**RUNTIMES), models, load_prepared(finished.prepared))
+    assert found.exports == {}
+    assert [entry.runtime for entry in found.latency["teacher"]] == ["pytorch"]
+    assert "teacher: not measured in onnxruntime: it is too wild" in caplog.text
+
+
+def test_without_onnxruntime_pytorch_is_measured_alone(finished, student, monkeypatch, caplog):
+    monkeypatch.setattr("pbkd.stages.runtimes.onnx_is_installed", lambda: False)
+    models = loaded(finished, student, [])
+    with caplog.at_level(logging.INFO):
+        found = measure_runtimes(
+            EvaluateConfig(**RUNTIMES), models, load_prepared(finished.prepared)
+        )
+    assert found.exports == {}
+    assert [entry.runtime for entry in found.latency["teacher"]] == ["pytorch"]
+    assert "pip install 'pbkd[export]'" in caplog.text
+
+
+def test_the_stage_writes_runtimes_to_measured_and_to_the_page(finished, student):
+    text = finished.params.read_text()
+    assert "runtimes: [pytorch]" in text
+    finished.params.write_text(
+        text.replace("[pytorch]", "[pytorch, onnxruntime]").replace("[1, 8]", "[1]")
+    )
+    evaluated(finished)
+    measured = read_measured(finished.results)
+    assert set(measured.exports) == {"teacher", student}
+    assert {entry.runtime for entry in measured.latency[student]} == {"pytorch", "onnxruntime"}
+    (headline,) = measured.headline[student]
+    assert (headline.runtime, headline.threads) == ("pytorch", usable_cores())
+    assert measured.machine.onnxruntime
+    page = Page((finished.results / REPORT).read_text())
+    assert any("Latency by runtime" in line for line in page.text)

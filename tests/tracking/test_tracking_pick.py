@@ -10,7 +10,7 @@ import pytest
 from pbkd.config import Limit
 from pbkd.errors import ConfigError
 from pbkd.tracking.pick import Comparison, Wanted, compare
-from pbkd.tracking.versions import ModelVersion
+from pbkd.tracking.versions import MachineLatency, MeasuredLatency, ModelVersion, Setting
 from tests.tracking.registered import FIGURES, latency_of
 
 HERE, ELSEWHERE = "here", "elsewhere"
@@ -180,3 +180,65 @@ def test_latencies_compare_at_one_batch_size_and_setting() -> None:
     assert [entry.latency_ms for entry in at_64.students] == [40.0, 30.0]
     assert chosen(at_64) == 3
     assert pick([one, other], batch_size=7).setting is None
+
+
+# ---------------------------------------------------------------- which latency counts
+
+
+def measured(*entries: tuple[int, str, str, float]) -> dict[str, MachineLatency]:
+    return {
+        HERE: MachineLatency(
+            machine_id=HERE,
+            machine="m",
+            entries=tuple(
+                MeasuredLatency(
+                    batch_size=1, threads=threads, device=device, runtime=runtime, median_ms=ms
+                )
+                for threads, device, runtime, ms in entries
+            ),
+        )
+    }
+
+
+MANY = measured(
+    (4, "cpu", "pytorch", 3.0),
+    (1, "cpu", "onnxruntime", 2.0),
+    (1, "cpu", "pytorch", 6.0),
+    (4, "cpu", "onnxruntime", 1.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, 6.0),
+        ({"threads": 4}, 3.0),
+        ({"runtime": "onnxruntime"}, 2.0),
+        ({"runtime": "onnxruntime", "threads": 4}, 1.0),
+        ({"threads": 2}, None),
+        ({"runtime": "onnxruntime-int8"}, None),
+    ],
+)
+def test_the_latency_is_that_of_one_runtime_and_number_of_threads(
+    asked: Any, expected: Any
+) -> None:
+    student = SMALL.model_copy(update={"latency": MANY})
+    found = compare([student], ORIGIN, Wanted(**asked), HERE)
+    assert found.students[0].latency_ms == expected
+
+
+def test_a_gpu_goes_before_the_cpu_unless_threads_are_asked_for() -> None:
+    entries = ((1, "cpu", "pytorch", 6.0), (16, "cuda:0", "pytorch", 0.5))
+    student = SMALL.model_copy(update={"latency": measured(*entries)})
+    for wanted, expected in ((Wanted(), 0.5), (Wanted(threads=1), 6.0)):
+        assert compare([student], ORIGIN, wanted, HERE).students[0].latency_ms == expected
+
+
+def test_a_setting_names_its_runtime_where_it_is_not_pytorch() -> None:
+    assert str(Setting(1, 2, "cpu")) == "batch 1 on cpu, 2 threads"
+    assert str(Setting(1, 1, "cpu", "onnxruntime")) == "batch 1 on cpu, 1 thread, onnxruntime"
+
+
+def test_latencies_of_earlier_versions_are_pytorchs() -> None:
+    entry = {"batch_size": 1, "threads": 1, "device": "cpu", "median_ms": 2.0}
+    assert MeasuredLatency.model_validate(entry).setting == Setting(1, 1, "cpu", "pytorch")

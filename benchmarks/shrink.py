@@ -1,0 +1,314 @@
+"""How small a file gets, and at what accuracy: methods alone and combined, on CIFAR-10's images.
+
+The whole pipeline runs in one process on a VGG with batch norm. A row is a student with a recipe of
+its own: those of the teacher's whole structure show a method alone, those stitched from separable
+candidates show distillation, alone and combined. Bytes are those of the `.pbkd` file on the disk,
+ratios are to the teacher's float32 weights; accuracies are on the test split.
+
+Everything goes on where it was stopped; only what a changed setting touches is done again.
+
+    .venv/bin/python benchmarks/shrink.py --quick --images cifar10-images.tar.gz
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+from workspaces import ROOT, go_on, kept_workspace
+
+from pbkd.artifacts import Workspace, digest_of
+from pbkd.devices import best_device
+from pbkd.report import Measured, Metrics, read_measured, read_metrics
+
+_TIME_IS_UP = 3
+_AUGMENT = {"pad": 4, "flip": True}
+_PREPARE = {"source": "image_folder", "image_size": 32, "val_fraction": 0.1}
+_WHOLE = {"max_parameters": 1.0}
+_CODE = {"method": "code"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student: its budget, its recipe, and what the table calls them."""
+
+    label: str
+    budget: Mapping[str, Any]
+    recipe: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A file that is so many times smaller, with so much of the teacher's accuracy.
+
+    Attributes:
+        kept: least percentage of the teacher's accuracy, or
+        lost: most points below it.
+    """
+
+    smaller: float
+    kept: float | None = None
+    lost: float | None = None
+
+    @property
+    def words(self) -> str:
+        """For the target's name."""
+        if self.kept is not None:
+            return f"at {self.kept:g} % or more of the teacher's accuracy"
+        return f"within {self.lost:g} points of the teacher"
+
+    def holds(self, accuracy: float, teacher: float) -> bool:
+        """Whether an accuracy is high enough; percent."""
+        if self.kept is not None:
+            return 100 * accuracy / teacher >= self.kept
+        assert self.lost is not None
+        return teacher - accuracy <= self.lost
+
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher, the sections of params.yaml for it, the rows, and what is claimed."""
+
+    name: str
+    params: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, Row]
+    claims: tuple[Claim, ...]
+    faster: float = 8.0
+
+
+def _tune(epochs: int, lr: float = 0.02) -> dict[str, Any]:
+    return {"epochs": epochs, "batch_size": 128, "lr": lr, "patience": max(epochs, 1)}
+
+
+def _prune(sparsity: float, epochs: int) -> dict[str, Any]:
+    return {"method": "prune", "sparsity": sparsity, "tune": _tune(epochs)}
+
+
+def _quantize(bits: int, epochs: int, **settings: Any) -> dict[str, Any]:
+    return {"method": "quantize", "bits": bits, "tune": _tune(epochs, 0.01)} | settings
+
+
+def _narrow(macs: float, epochs: int) -> dict[str, Any]:
+    return {"method": "prune_channels", "max_macs": macs, "tune": _tune(epochs)}
+
+
+def _low_rank(energy: float, epochs: int) -> dict[str, Any]:
+    return {"method": "low_rank", "energy": energy, "tune": _tune(epochs)}
+
+
+def _rows(epochs: int, small: Mapping[str, Any], *, full: bool) -> dict[str, Row]:
+    """Methods alone on the whole teacher, then combined; ``small`` is the distilled budget."""
+    last = (_quantize(4, epochs), _CODE)
+    rows = {
+        "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, epochs), _CODE)),
+        "lowrank": Row("low rank", _WHOLE, (_low_rank(0.8, epochs), _CODE)),
+        "narrow": Row("fewer channels", _WHOLE, (_narrow(0.4, 2 * epochs), _CODE)),
+        "int8": Row("8 bits", _WHOLE, (_quantize(8, 0), _CODE)),
+        "int4": Row("4 bits", _WHOLE, (_quantize(4, epochs), _CODE)),
+        "small": Row("distill", small, (_CODE,)),
+        "target": Row("distill, prune, 4 bits", small, (_prune(0.6, 2 * epochs), *last)),
+    }
+    if full:
+        for percent in (40, 87.5, 95):
+            name = f"prune-{percent:g}"
+            recipe = (_prune(percent / 100, epochs), _CODE)
+            rows[name] = Row(f"prune {percent:g} %", _WHOLE, recipe)
+        rows |= {
+            "prune-int4": Row("prune, 4 bits", _WHOLE, (_prune(0.9, epochs), *last)),
+            "lowrank-int4": Row("low rank, 4 bits", _WHOLE, (_low_rank(0.8, epochs), *last)),
+            "small-int4": Row("distill, 4 bits", small, last),
+            "small-prune": Row("distill, prune", small, (_prune(0.75, epochs), _CODE)),
+            "near": Row(
+                "distill, prune, 5 bits", small, (_prune(0.5, epochs), _quantize(5, epochs), _CODE)
+            ),
+            "all": Row(
+                "distill, low rank, prune, 4 bits",
+                small,
+                (_low_rank(0.9, epochs), _prune(0.6, epochs), *last),
+            ),
+        }
+    return rows
+
+
+_EVALUATE = {
+    "latency_batch_sizes": [1, 256],
+    "latency_seconds": 2.0,
+    "runtimes": ["pytorch", "onnxruntime", "onnxruntime-int8"],
+}
+
+QUICK = Case(
+    name="vgg16-half",
+    params={
+        "prepare": _PREPARE,
+        "teacher": {
+            "model": "cifar_vgg16",
+            "width": 0.5,
+            "epochs": 8,
+            "batch_size": 128,
+            "lr": 0.1,
+            "augment": _AUGMENT,
+            "min_accuracy": 0.0,
+        },
+        "blocks": {"candidates": [{"kind": "separable"}]},
+        "activations": {"source": "relay", "views": 4},
+        "distill": {"epochs": 2, "batch_size": 128},
+        "stitch": {"max_damage": 5.0, "repair": {"epochs": 2, "batch_size": 128}},
+        "finetune": {"epochs": 1, "batch_size": 128},
+        "evaluate": _EVALUATE,
+    },
+    rows=_rows(1, {"max_parameters": 0.125}, full=False),
+    claims=(Claim(100.0, kept=96.0),),
+)
+
+FULL = Case(
+    name="vgg19",
+    params={
+        "prepare": _PREPARE,
+        "teacher": {
+            "model": "cifar_vgg19",
+            "epochs": 60,
+            "batch_size": 128,
+            "lr": 0.1,
+            "augment": _AUGMENT,
+            "min_accuracy": 0.92,
+        },
+        "blocks": {
+            "candidates": [
+                {"kind": "separable"},
+                {"kind": "low_rank", "ratio": 0.25},
+                {"kind": "bottleneck", "ratio": 0.25},
+                {"kind": "identity"},
+            ]
+        },
+        "activations": {"views": 4, "max_cache_gb": 20},
+        "distill": {"epochs": 8, "batch_size": 128},
+        "stitch": {"max_damage": 5.0, "repair": {"epochs": 4, "batch_size": 128}},
+        "finetune": {"epochs": 30, "batch_size": 128},
+        "evaluate": _EVALUATE,
+    },
+    rows=_rows(20, {"max_parameters": 0.05}, full=True),
+    claims=(Claim(250.0, kept=97.0), Claim(60.0, lost=0.5)),
+)
+
+
+def main() -> None:
+    """Go on with the case, then report it."""
+    options = _options()
+    if options.limit_s:
+        signal.signal(signal.SIGALRM, _time_is_up)
+        signal.alarm(options.limit_s)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    case = QUICK if options.quick else FULL
+    workspace = _workspace(case, options.seed, options.images.resolve())
+    go_on(workspace)
+    signal.alarm(0)
+    report(case, workspace)
+
+
+def _options() -> argparse.Namespace:
+    parser = harness.parser(__doc__)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        default=ROOT / "data" / "raw" / "cifar10-images.tar.gz",
+        help="CIFAR-10 as train|test/CLASS/image: a folder, .tar.gz or .zip",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=int, default=0, help="stop after so many seconds")
+    options = parser.parse_args()
+    if not options.images.exists():
+        sys.exit(f"{options.images} does not exist; say where the images are: --images PATH")
+    return options
+
+
+def _time_is_up(*_: object) -> None:
+    print("time is up; call it again to go on", flush=True)
+    os._exit(_TIME_IS_UP)
+
+
+def _workspace(case: Case, seed: int, images: Path) -> Workspace:
+    """One folder per kind of device and teacher: other rows need no new teacher."""
+    changes = {name: dict(section) for name, section in case.params.items()}
+    changes["prepare"]["path"] = str(images)
+    changes["stitch"]["students"] = {name: dict(row.budget) for name, row in case.rows.items()}
+    recipes = {name: [dict(step) for step in row.recipe] for name, row in case.rows.items()}
+    changes["shrink"] = {"overrides": recipes}
+    teacher = digest_of([case.params["prepare"], case.params["teacher"]])[:8]
+    results = ROOT / "benchmarks" / "results" / "shrink" / best_device().type
+    return kept_workspace(results / case.name / teacher / f"seed-{seed}", changes, seed)
+
+
+# ---------------------------------------------------------------- report
+
+
+def report(case: Case, workspace: Workspace) -> None:
+    """Table, targets and the file."""
+    metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
+    figures = {name: _figures(name, metrics, measured) for name in ("teacher", *case.rows)}
+    labels = {"teacher": "teacher"} | {name: row.label for name, row in case.rows.items()}
+    rows = [
+        {"method": labels[name]} | {key: _text(key, value) for key, value in entry.items()}
+        for name, entry in figures.items()
+    ]
+    settings = {"params": case.params, "rows": {n: list(r.recipe) for n, r in case.rows.items()}}
+    samples = {"figures": figures, "steps": {n: s.steps for n, s in metrics.students.items()}}
+    harness.finish(
+        "shrink",
+        json.loads(json.dumps(settings)),
+        json.loads(json.dumps(samples, default=lambda record: record.model_dump(mode="json"))),
+        rows,
+        _targets(case, figures),
+    )
+
+
+def _figures(name: str, metrics: Metrics, measured: Measured) -> dict[str, float | None]:
+    """Of one model; accuracies in percent, on the test split; latency at batch 1, one thread."""
+    model = metrics.teacher if name == "teacher" else metrics.students[name]
+    found: dict[str, float | None] = {
+        "bytes": model.file_bytes,
+        "smaller": metrics.teacher.file_bytes / model.file_bytes,
+        "bits_per_weight": model.bits_per_weight,
+        "parameters": model.num_parameters,
+        "nonzero": model.num_nonzero,
+        "macs": model.macs,
+        "accuracy": 100 * model.test_accuracy,
+        "val_accuracy": 100 * model.val_accuracy,
+    }
+    return found
+
+
+def _text(key: str, value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    if key in ("bytes", "parameters", "nonzero", "macs"):
+        return f"{value:,.0f}"
+    return f"{value:.2f}"
+
+
+def _targets(case: Case, figures: Mapping[str, Mapping[str, float | None]]) -> list[harness.Target]:
+    """The smallest file that keeps to each claim's accuracy."""
+    teacher = figures["teacher"]
+    targets = []
+    for claim in case.claims:
+        good = [
+            entry["smaller"]
+            for name, entry in figures.items()
+            if name != "teacher" and claim.holds(entry["accuracy"], teacher["accuracy"])
+        ]
+        value = max(good) if good else None
+        name = f"{case.name}: smallest file {claim.words}"
+        targets.append(harness.Target(name, value, "at least", claim.smaller, "x smaller"))
+    return targets
+
+
+if __name__ == "__main__":
+    main()
