@@ -126,7 +126,7 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
             "blocks.candidates.0.settings.a: got [1]; Input should be a valid string; or got [1];",
         ),
         ("evaluate: {latency_batch_sizes: [1, 0]}", "evaluate.latency_batch_sizes.1: got 0"),
-        ("shrink: {recipe: [prune]}", "shrink.recipe: got ['prune']"),
+        ("shrink: {recipe: [prune]}", "shrink.recipe.0: got 'prune'"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),
     ],
 )

@@ -122,7 +122,9 @@ class Run:
         try:
             train_loss = self._train()
             accuracy = self.val_accuracy()
-            guarded_now = self.guard is not None and self._has_risen
+            # what is to keep its last weights may lose accuracy on the way, as by pruning
+            is_judged = self.guard is not None and self.keep == "best"
+            guarded_now = is_judged and self._has_risen
             self.watch.check_accuracy(accuracy, has_risen=guarded_now)
         except DivergedError as error:
             self._diverged(f"epoch {self.next_epoch}: {error}")

@@ -31,7 +31,11 @@ def sections() -> set[str]:
 def stage_files() -> set[str]:
     names = {path.stem for path in (ROOT / "pbkd" / "stages").glob("*.py")}
     shared = {"__init__", "context", "preflight", "preview", "budgets"}
-    return names - shared - {"planning", "repair_job", "student_job", "baselines", "device_time"}
+    return (
+        names
+        - shared
+        - {"planning", "repair_job", "student_job", "baselines", "device_time", "runtimes"}
+    )
 
 
 @pytest.mark.parametrize(
