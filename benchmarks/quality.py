@@ -63,7 +63,7 @@ class Case:
 
 _AUGMENT = {"pad": 4, "flip": True}
 _PREPARE = {"source": "image_folder", "image_size": 32, "val_fraction": 0.1}
-_EVALUATE = {"latency_batch_sizes": [1, 256], "latency_seconds": 2.0}
+_EVALUATE = {"latency_batch_sizes": [1, 256], "latency_seconds": 2.0, "runtimes": ["pytorch"]}
 
 QUICK = Case(
     name="vgg16-half",

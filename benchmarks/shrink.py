@@ -268,6 +268,34 @@ def report(case: Case, workspace: Workspace) -> None:
         rows,
         _targets(case, figures),
     )
+    _plot(figures, labels)
+
+
+def _plot(figures: Mapping[str, Mapping[str, float | None]], labels: Mapping[str, str]) -> None:
+    """Accuracy against the bytes of the file, as a picture beside the results."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, entry in figures.items():
+        is_teacher = name == "teacher"
+        axes.plot(entry["bytes"] / 1e3, entry["accuracy"], "s" if is_teacher else "o", color="C0")
+        axes.annotate(
+            labels[name],
+            (entry["bytes"] / 1e3, entry["accuracy"]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("file (kB, as it lies on the disk)")
+    axes.set_ylabel("accuracy on the test images (%)")
+    axes.grid(visible=True, alpha=0.3)
+    path = ROOT / "benchmarks" / "results" / "shrink.svg"
+    figure.savefig(path)
+    print(f"written: benchmarks/results/{path.name}")
 
 
 def _figures(name: str, metrics: Metrics, measured: Measured) -> dict[str, float | None]:
@@ -283,6 +311,12 @@ def _figures(name: str, metrics: Metrics, measured: Measured) -> dict[str, float
         "accuracy": 100 * model.test_accuracy,
         "val_accuracy": 100 * model.val_accuracy,
     }
+    for entry in measured.latency[name]:
+        if entry.threads == 1 and entry.device == "cpu" and entry.batch_size == 1:
+            found[f"{entry.runtime} (ms)"] = entry.median_ms
+    int8 = measured.exports.get(name, {}).get("onnxruntime-int8")
+    if int8 is not None and int8.test_accuracy is not None:
+        found["int8 accuracy"] = 100 * int8.test_accuracy
     return found
 
 
@@ -307,7 +341,22 @@ def _targets(case: Case, figures: Mapping[str, Mapping[str, float | None]]) -> l
         value = max(good) if good else None
         name = f"{case.name}: smallest file {claim.words}"
         targets.append(harness.Target(name, value, "at least", claim.smaller, "x smaller"))
+    name = f"{case.name}: int8 student within 1 point, onnxruntime, batch 1, one thread"
+    targets.append(harness.Target(name, _speedup(figures), "at least", case.faster, "x faster"))
     return targets
+
+
+def _speedup(figures: Mapping[str, Mapping[str, float | None]]) -> float | None:
+    """The teacher's float32 latency over that of the fastest int8 student that is near it."""
+    teacher = figures["teacher"]
+    near = [
+        entry["onnxruntime-int8 (ms)"]
+        for name, entry in figures.items()
+        if name != "teacher"
+        and "onnxruntime-int8 (ms)" in entry
+        and teacher["accuracy"] - entry["int8 accuracy"] <= 1
+    ]
+    return teacher["onnxruntime (ms)"] / min(near) if near else None
 
 
 if __name__ == "__main__":

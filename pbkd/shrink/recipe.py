@@ -111,7 +111,8 @@ def _begin(
         own = shrunk.save(folder)
         steps = []
         if measured:
-            steps.append(_figures(own, "start", "", trainer_of(key), began_s=time.monotonic()))
+            trainer, began_s = trainer_of(key), time.monotonic()
+            steps.append(_figures(own, pack(own), "start", "", trainer, began_s, epochs=0))
         write_json(folder / RECORD, ShrinkRecord(steps=tuple(steps)))
 
     store.put(SHRUNK, key, write)
@@ -132,12 +133,11 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
 
     def write(folder: Path) -> None:
         own = shrunk.save(folder)
+        packed = pack(own)
         if step.method == "code":
-            (folder / FILE).write_bytes(pack(own))
+            (folder / FILE).write_bytes(packed)
         epochs = 0 if step.method == "code" else step.tune.epochs
-        figures = _figures(
-            own, step.method, settings_text(step), trainer, began_s=began_s, epochs=epochs
-        )
+        figures = _figures(own, packed, step.method, settings_text(step), trainer, began_s, epochs)
         write_json(folder / RECORD, ShrinkRecord(steps=(*earlier.steps, figures)))
         _log.info(
             "%s: %s bytes coded, %.2f bits per weight, validation accuracy %.4f",
@@ -154,12 +154,12 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
 
 def _figures(
     shrunk: Shrunk,
+    packed: bytes,
     method: str,
     settings: str,
     trainer: Trainer,
-    *,
     began_s: float,
-    epochs: int = 0,
+    epochs: int,
 ) -> StepFigures:
     accuracy = trainer.accuracy(shrunk.model)
     return StepFigures(
@@ -168,5 +168,5 @@ def _figures(
         val_accuracy=accuracy,
         epochs=epochs,
         duration_s=time.monotonic() - began_s,
-        **sizes(shrunk.model, shrunk.card, len(pack(shrunk))),
+        **sizes(shrunk.model, shrunk.card, len(packed)),
     )

@@ -1,26 +1,26 @@
 """A `.pbkd` file as a model: the network is built, compared with the file, and filled.
 
-A network of pbkd or torchvision is first built without memory, so that a small file cannot ask for
-much: what is built has to be what the file holds, and its teacher has a limit.
+It is first built without memory, so that a small file cannot ask for much: what is built has to be
+what the file holds, and what it is made from has a limit.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
+from pbkd.config import CustomConfig
 from pbkd.errors import ArtifactError, PbkdError, TeacherError
-from pbkd.models import Classifier, fill
+from pbkd.models import Classifier, build_network, fill
 from pbkd.shrink.container import PackedFile, open_packed
 from pbkd.shrink.header import MAX_DECODED_BYTES
 from pbkd.shrink.state import Shrunk
 from pbkd.students.assemble import build_model
+
+_MAX_EDITS = 64
 
 
 def read_packed(path: Path) -> PackedFile:
@@ -74,35 +74,55 @@ def load_packed(
 
 
 def _built(packed: PackedFile, model: nn.Module | None, allow_code: bool) -> Classifier:
+    card, net = packed.card, None
     if model is not None:
         net = copy.deepcopy(model.net if isinstance(model, Classifier) else model).cpu()
-        return build_model(packed.card, net, allow_code=allow_code)
-    if ":" in packed.card.network.name:
-        return build_model(packed.card, allow_code=allow_code)
-    # a few of torchvision's cannot be built without memory
-    with contextlib.suppress(NotImplementedError), torch.device("meta"), _Limit(packed.what):
-        packed.check_fits(build_model(packed.card, allow_code=allow_code).state_dict())
-    with _Limit(packed.what):
-        return build_model(packed.card, allow_code=allow_code)
+    is_own = (net is None and ":" in card.network.name) or any(
+        isinstance(config, CustomConfig) for config in card.replacements.values()
+    )
+    if not is_own:  # else the caller trusts the code that says how large it is
+        _check_sizes(packed, net)
+    return build_model(card, net, allow_code=allow_code)
 
 
-class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is made from nothing, and raises ArtifactError when it is too much."""
+def _check_sizes(packed: PackedFile, net: nn.Module | None) -> None:
+    """Build it without memory, step by step: the teacher, its replacements, each edit.
 
-    def __init__(self, what: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._what = what
-        self._left_bytes = MAX_DECODED_BYTES
+    Raises:
+        ArtifactError: a step takes too much, or what comes out is not what the file holds.
+    """
+    card = packed.card
+    if len(card.edits) > _MAX_EDITS:
+        raise ArtifactError(
+            f"{packed.what} has {len(card.edits)} edits, at most {_MAX_EDITS} can be; pack the "
+            "model again"
+        )
+    bare = _without_memory(packed) if net is None else copy.deepcopy(net).to("meta")
+    steps = [card.model_copy(update={"replacements": {}, "edits": ()})]
+    steps += [card.model_copy(update={"edits": card.edits[:n]}) for n in range(len(card.edits) + 1)]
+    for step in steps:
+        with torch.device("meta"):
+            state = build_model(step, copy.deepcopy(bare)).state_dict()
+        size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if size_bytes > MAX_DECODED_BYTES:
+            raise ArtifactError(
+                f"{packed.what}: network `{card.network.name}` takes {size_bytes} bytes, at most "
+                f"{MAX_DECODED_BYTES} can be; pack the model again"
+            )
+    packed.check_fits(state)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not any(isinstance(arg, Tensor) for arg in args):
-            self._left_bytes -= made.numel() * made.element_size()
-            if self._left_bytes < 0:
-                raise ArtifactError(
-                    f"{self._what}: its network takes more than {MAX_DECODED_BYTES} bytes, at most "
-                    "that can be; it is damaged, pack the model again"
-                )
-        return made
+
+def _without_memory(packed: PackedFile) -> nn.Module:
+    """The card's network on the device that holds no numbers."""
+    spec = packed.card.network
+    try:
+        with torch.device("meta"):
+            return build_network(spec)
+    except NotImplementedError:  # a few of torchvision's calculate while they are built
+        sizes = {size for entry in packed.header.plan.tensors for size in entry.shape}
+        if spec.num_classes not in sizes:
+            raise ArtifactError(
+                f"{packed.what}: no tensor has {spec.num_classes} rows, as many as there are "
+                "classes; pack the model again"
+            ) from None
+        return build_network(spec).to("meta")
