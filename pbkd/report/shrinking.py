@@ -58,7 +58,7 @@ def file_sentence(metrics: Metrics) -> str:
         return f"Files are safetensors. {base}"
     which = "Students'" if len(coded) == len(metrics.students) else f"{_listed(coded)}:"
     return (
-        f"{which} files are `.pbkd`: whole models, entropy-coded, as they lie on the disk. {base}"
+        f"{which} files are .pbkd files: whole models, entropy-coded, as they lie on the disk. {base}"
     )
 
 
