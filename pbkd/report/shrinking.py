@@ -56,9 +56,10 @@ def file_sentence(metrics: Metrics) -> str:
     base = f"Ratios are to the teacher's float32 weights as a safetensors file ({teacher})."
     if not coded:
         return f"Files are safetensors. {base}"
-    which = "Students'" if len(coded) == len(metrics.students) else f"{_listed(coded)}:"
+    whose = "the students" if len(coded) == len(metrics.students) else ", ".join(coded)
     return (
-        f"{which} files are .pbkd files: whole models, entropy-coded, as they lie on the disk. {base}"
+        f"The files of {whose} are .pbkd: whole models, entropy-coded, as they lie on the disk. "
+        f"{base}"
     )
 
 
@@ -70,7 +71,3 @@ def zeros_sentence(student: StudentFigures) -> str | None:
         "Zeros make the file smaller, not the network faster: PyTorch and onnxruntime multiply "
         "them like any other weight."
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names)
