@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +140,10 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
         epochs = 0 if step.method == "code" else step.tune.epochs
         figures = _figures(own, packed, step.method, settings_text(step), trainer, began_s, epochs)
         write_json(folder / RECORD, ShrinkRecord(steps=(*earlier.steps, figures)))
+        for path in before.glob("*.jsonl"):
+            shutil.copy(path, folder)
+        for path in trainer.folder.glob("*.jsonl"):
+            shutil.copy(path, folder / f"{len(earlier.steps)}-{step.method}-{path.name}")
         _log.info(
             "%s: %s bytes coded, %.2f bits per weight, validation accuracy %.4f",
             " ".join(filter(None, (step.method, settings_text(step)))),
@@ -148,8 +153,7 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
         )
 
     store.put(SHRUNK, key, write)
-    for path in trainer.folder.glob("*.pt"):
-        path.unlink()
+    shutil.rmtree(trainer.folder, ignore_errors=True)
 
 
 def _figures(

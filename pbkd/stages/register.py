@@ -55,12 +55,14 @@ def is_registered(workspace: Workspace) -> bool:
 
 
 def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
-    """The series that are on disk: of the teacher, repairs, fine-tunings and baselines."""
+    """The series that are on disk: teacher, repairs, fine-tunings, steps of recipes, baselines."""
     series = {"teacher/training": workspace.artifacts("teacher") / "history.jsonl"}
     for path in sorted(workspace.artifacts("stitch").glob("*/repair.jsonl")):
         series[f"repair/{path.parent.name}"] = path
     for path in sorted(workspace.artifacts("finetune").glob("*/history.jsonl")):
         series[f"finetune/{path.parent.name}"] = path
+    for path in sorted(workspace.artifacts("shrink").glob("*/*.jsonl")):
+        series[f"shrink/{path.parent.name}/{path.stem}"] = path
     for path in sorted(workspace.artifacts("finetune").glob("*/baseline-*/history.jsonl")):
         student, kind = path.parent.parent.name, path.parent.name
         series[f"{kind}/{student}"] = path

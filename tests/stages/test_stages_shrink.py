@@ -150,3 +150,11 @@ def test_metrics_count_the_bytes_of_the_coded_file(coded):
 def test_a_wrong_recipe_is_told_before_any_work(finished, recipe, message):
     with pytest.raises(ConfigError, match=message):
         with_recipe(finished, recipe)
+
+
+def test_the_trainings_of_all_steps_lie_beside_the_record(coded):
+    names = sorted(path.name for path in only_student(coded).glob("*.jsonl"))
+    assert names == ["1-prune-ramp.jsonl", "2-quantize-tune.jsonl"]
+    line = json.loads((only_student(coded) / names[1]).read_text().splitlines()[-1])
+    assert line["val_accuracy"] > 0.5
+    assert not list((coded.state / "checkpoints" / "shrink").glob("*"))
