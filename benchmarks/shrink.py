@@ -111,7 +111,7 @@ def _rows(epochs: int, small: Mapping[str, Any], *, full: bool) -> dict[str, Row
     rows = {
         "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, epochs), _CODE)),
         "lowrank": Row("low rank", _WHOLE, (_low_rank(0.8, epochs), _CODE)),
-        "narrow": Row("fewer channels", _WHOLE, (_narrow(0.4, max(epochs, 5)), _CODE)),
+        "narrow": Row("fewer channels", _WHOLE, (_narrow(0.4, 2 * epochs), _CODE)),
         "int8": Row("8 bits", _WHOLE, (_quantize(8, 0), _CODE)),
         "int4": Row("4 bits", _WHOLE, (_quantize(4, epochs), _CODE)),
         "small": Row("distill", small, (_CODE,)),
@@ -207,6 +207,8 @@ def main() -> None:
         signal.signal(signal.SIGALRM, _time_is_up)
         signal.alarm(options.limit_s)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("onnxscript").setLevel(logging.WARNING)
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
     case = QUICK if options.quick else FULL
     workspace = _workspace(case, options.seed, options.images.resolve())
     go_on(workspace)
