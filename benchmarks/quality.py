@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cifar
 import harness
 import torch
 from workspaces import ROOT, go_on, kept_workspace
@@ -38,7 +36,6 @@ from pbkd.report import Metrics, read_measured, read_metrics
 from pbkd.stages.context import student_folders
 from pbkd.students import load_model
 
-_TIME_IS_UP = 3
 _BATCH = 512
 _LATENCY_S = 5.0
 
@@ -61,21 +58,19 @@ class Case:
     faster: float | None = None
 
 
-_AUGMENT = {"pad": 4, "flip": True}
-_PREPARE = {"source": "image_folder", "image_size": 32, "val_fraction": 0.1}
 _EVALUATE = {"latency_batch_sizes": [1, 256], "latency_seconds": 2.0, "runtimes": ["pytorch"]}
 
 QUICK = Case(
     name="vgg16-half",
     params={
-        "prepare": _PREPARE,
+        "prepare": cifar.PREPARE,
         "teacher": {
             "model": "cifar_vgg16",
             "width": 0.5,
             "epochs": 14,
             "batch_size": 128,
             "lr": 0.1,
-            "augment": _AUGMENT,
+            "augment": cifar.AUGMENT,
             "min_accuracy": 0.0,
         },
         "blocks": {"candidates": [{"kind": "separable"}]},
@@ -110,13 +105,13 @@ FULL = (
         name="vgg16",
         params=_GPU_STAGES
         | {
-            "prepare": _PREPARE,
+            "prepare": cifar.PREPARE,
             "teacher": {
                 "model": "cifar_vgg16",
                 "epochs": 60,
                 "batch_size": 128,
                 "lr": 0.1,
-                "augment": _AUGMENT,
+                "augment": cifar.AUGMENT,
                 "min_accuracy": 0.93,
             },
             "blocks": {
@@ -145,13 +140,13 @@ FULL = (
         name="resnet20",
         params=_GPU_STAGES
         | {
-            "prepare": _PREPARE,
+            "prepare": cifar.PREPARE,
             "teacher": {
                 "model": "cifar_resnet20",
                 "epochs": 60,
                 "batch_size": 128,
                 "lr": 0.1,
-                "augment": _AUGMENT,
+                "augment": cifar.AUGMENT,
                 "min_accuracy": 0.9,
             },
             "blocks": {"candidates": [{"kind": "separable"}]},
@@ -170,10 +165,7 @@ FULL = (
 def main() -> None:
     """Go on with the cases of some seeds, then report all that is finished."""
     options = _options()
-    if options.limit_s:
-        signal.signal(signal.SIGALRM, _time_is_up)
-        signal.alarm(options.limit_s)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    cifar.begin(options)
     cases = (QUICK,) if options.quick else FULL
     for case in cases:
         seeds = options.seed if case is cases[0] else options.seed[:1]
@@ -191,23 +183,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
-    parser.add_argument(
-        "--images",
-        type=Path,
-        default=ROOT / "data" / "raw" / "cifar10-images.tar.gz",
-        help="CIFAR-10 as train|test/CLASS/image: a folder, .tar.gz or .zip",
-    )
+    cifar.add_options(parser)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds to work on")
-    parser.add_argument("--limit-s", type=int, default=0, help="stop after so many seconds")
-    options = parser.parse_args()
-    if not options.images.exists():
-        sys.exit(f"{options.images} does not exist; say where the images are: --images PATH")
-    return options
-
-
-def _time_is_up(*_: object) -> None:
-    print("time is up; call it again to go on", flush=True)
-    os._exit(_TIME_IS_UP)
+    return parser.parse_args()
 
 
 # ---------------------------------------------------------------- running

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cifar
 import harness
 from workspaces import ROOT, go_on, kept_workspace
 
@@ -30,9 +28,6 @@ from pbkd.artifacts import Workspace, digest_of
 from pbkd.devices import best_device
 from pbkd.report import Measured, Metrics, read_measured, read_metrics
 
-_TIME_IS_UP = 3
-_AUGMENT = {"pad": 4, "flip": True}
-_PREPARE = {"source": "image_folder", "image_size": 32, "val_fraction": 0.1}
 _WHOLE = {"max_parameters": 1.0}
 _CODE = {"method": "code"}
 
@@ -148,14 +143,14 @@ _EVALUATE = {
 QUICK = Case(
     name="vgg16-half",
     params={
-        "prepare": _PREPARE,
+        "prepare": cifar.PREPARE,
         "teacher": {
             "model": "cifar_vgg16",
             "width": 0.5,
             "epochs": 8,
             "batch_size": 128,
             "lr": 0.1,
-            "augment": _AUGMENT,
+            "augment": cifar.AUGMENT,
             "min_accuracy": 0.0,
         },
         "blocks": {"candidates": [{"kind": "separable"}]},
@@ -172,13 +167,13 @@ QUICK = Case(
 FULL = Case(
     name="vgg19",
     params={
-        "prepare": _PREPARE,
+        "prepare": cifar.PREPARE,
         "teacher": {
             "model": "cifar_vgg19",
             "epochs": 60,
             "batch_size": 128,
             "lr": 0.1,
-            "augment": _AUGMENT,
+            "augment": cifar.AUGMENT,
             "min_accuracy": 0.92,
         },
         "blocks": {
@@ -203,12 +198,7 @@ FULL = Case(
 def main() -> None:
     """Go on with the case, then report it."""
     options = _options()
-    if options.limit_s:
-        signal.signal(signal.SIGALRM, _time_is_up)
-        signal.alarm(options.limit_s)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("onnxscript").setLevel(logging.WARNING)
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    cifar.begin(options)
     case = QUICK if options.quick else FULL
     workspace = _workspace(case, options.seed, options.images.resolve())
     go_on(workspace)
@@ -218,23 +208,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
-    parser.add_argument(
-        "--images",
-        type=Path,
-        default=ROOT / "data" / "raw" / "cifar10-images.tar.gz",
-        help="CIFAR-10 as train|test/CLASS/image: a folder, .tar.gz or .zip",
-    )
+    cifar.add_options(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit-s", type=int, default=0, help="stop after so many seconds")
-    options = parser.parse_args()
-    if not options.images.exists():
-        sys.exit(f"{options.images} does not exist; say where the images are: --images PATH")
-    return options
-
-
-def _time_is_up(*_: object) -> None:
-    print("time is up; call it again to go on", flush=True)
-    os._exit(_TIME_IS_UP)
+    return parser.parse_args()
 
 
 def _workspace(case: Case, seed: int, images: Path) -> Workspace:
