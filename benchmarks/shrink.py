@@ -88,8 +88,8 @@ def _prune(sparsity: float, epochs: int) -> dict[str, Any]:
     return {"method": "prune", "sparsity": sparsity, "tune": _tune(epochs)}
 
 
-def _quantize(bits: int, epochs: int, **settings: Any) -> dict[str, Any]:
-    return {"method": "quantize", "bits": bits, "tune": _tune(epochs, 0.01)} | settings
+def _quantize(bits: int, epochs: int, lr: float = 0.01) -> dict[str, Any]:
+    return {"method": "quantize", "bits": bits, "tune": _tune(epochs, lr)}
 
 
 def _narrow(macs: float, epochs: int) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def _rows(epochs: int, small: Mapping[str, Any], *, full: bool) -> dict[str, Row
         "int8": Row("8 bits", _WHOLE, (_quantize(8, 0), _CODE)),
         "int4": Row("4 bits", _WHOLE, (_quantize(4, epochs), _CODE)),
         "small": Row("distill", small, (_CODE,)),
+        "fast": Row("distill, 8 bits", small, (_quantize(8, max(epochs, 5), 0.03), _CODE)),
         "target": Row("distill, prune, 4 bits", small, (_prune(0.6, 2 * epochs), *last)),
     }
     if full:

@@ -618,7 +618,7 @@ def _print_report(workspace: Workspace) -> None:
     # evaluate wrote its own record, and register's came, after measured.json was closed
     measured = measured.model_copy(update={"stages": stage_figures(workspace) or measured.stages})
     _print_table(final_table(metrics, measured))
-    if shrinking := shrink_table(metrics):
+    if shrinking := shrink_table(metrics, measured):
         _print_table(shrinking)
     if runtimes := runtime_table(metrics, measured):
         _print_table(runtimes)

@@ -27,7 +27,12 @@ from pbkd.report.results import (
     TraineeFigures,
 )
 from pbkd.report.runtimes import export_sentence, export_table, runtime_table
-from pbkd.report.shrinking import file_sentence, shrink_table, zeros_sentence
+from pbkd.report.shrinking import (
+    file_sentence,
+    shrink_table,
+    times_sentence,
+    zeros_sentence,
+)
 from pbkd.report.tables import (
     Table,
     block_phase_sentence,
@@ -93,7 +98,8 @@ def render(inputs: ReportInputs) -> str:
         are_all_named=num_models <= pareto.MANY,
         marks=pareto.keys(metrics),
         accuracy=accuracy_table(metrics, measured),
-        shrinking=shrink_table(metrics),
+        shrinking=shrink_table(metrics, measured),
+        times=times_sentence(measured),
         files=file_sentence(metrics),
         zeros=next(filter(None, map(zeros_sentence, metrics.students.values())), None),
         baselines=baseline_table(metrics, measured),

@@ -248,6 +248,8 @@ class Measured(_Record):
         latency: model (teacher or student) to figures by batch size, threads and runtime; a
             baseline has its student's.
         exports: model, then runtime to what its file is; lacks those that were not made.
+        step_latency: student, then number of a step of `shrink` to the latency after it, where a
+            later step changed the structure; all steps after the last of these have the student's.
         stages: lacks those of which this machine has no record.
         block_phase: null where no block was ever trained here.
         device_s: student to the device seconds that it took: the whole block phase, repair
@@ -266,11 +268,18 @@ class Measured(_Record):
     baselines: dict[str, dict[str, BaselineSeconds]] = {}
     stitched_latency_ms: dict[str, float] = {}
     exports: dict[str, dict[str, ExportFigures]] = {}
+    step_latency: dict[str, dict[int, tuple[LatencyFigures, ...]]] = {}
 
     @property
     def headline(self) -> dict[str, tuple[LatencyFigures, ...]]:
         """Model to PyTorch's latency by batch size: on the GPU, else with the most threads."""
         return {name: headline(entries) for name, entries in self.latency.items()}
+
+    def latency_after(self, student: str, step: int) -> tuple[LatencyFigures, ...]:
+        """A student's latency after a step of its recipe, the first of which is 0: as it came."""
+        kept = self.step_latency.get(student, {})
+        later = [number for number in sorted(kept) if number >= step]
+        return kept[later[0]] if later else self.latency[student]
 
 
 def read_metrics(results: Path) -> Metrics:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pbkd.report.numbers import count_text, size_text
-from pbkd.report.results import Metrics, StudentFigures
-from pbkd.report.tables import Table
+from collections.abc import Sequence
 
-_NAMES = {
+from pbkd.report.numbers import count_text, size_text
+from pbkd.report.results import LatencyFigures, Measured, Metrics, StudentFigures
+from pbkd.report.runtimes import NAMES
+from pbkd.report.tables import NOT_MEASURED, Table
+
+_RUNTIMES = ("pytorch", "onnxruntime")
+_METHODS = {
     "start": "fine-tuned",
     "prune": "prune",
     "prune_channels": "prune channels",
@@ -16,18 +20,22 @@ _NAMES = {
 }
 
 
-def shrink_table(metrics: Metrics) -> Table | None:
-    """A row for every student and step; None where no recipe has steps."""
+def shrink_table(metrics: Metrics, measured: Measured) -> Table | None:
+    """A row for every student and step; None where no recipe has steps.
+
+    Times are those of the smallest batch and fewest threads, in PyTorch and onnxruntime.
+    """
     rows = [
         (
             name if index == 0 else "",
-            f"{_NAMES[step.method]}{f' ({step.settings})' if step.settings else ''}",
+            f"{_METHODS[step.method]}{f' ({step.settings})' if step.settings else ''}",
             f"{step.file_bytes:,}",
             f"{metrics.teacher.file_bytes / step.file_bytes:.1f}x",
             f"{step.bits_per_weight:.2f}",
             count_text(step.num_parameters),
             f"{count_text(step.num_nonzero)} ({step.num_nonzero / step.num_parameters:.0%})",
             count_text(step.macs),
+            *_times(measured.latency_after(name, index)),
             f"{step.val_accuracy:.2%}",
         )
         for name, student in metrics.by_size.items()
@@ -44,9 +52,38 @@ def shrink_table(metrics: Metrics) -> Table | None:
         "parameters",
         "not zero",
         "MACs",
+        *(f"ms, {NAMES[runtime]}" for runtime in _RUNTIMES),
         "accuracy (validation)",
     )
     return Table("Shrinking, step by step", heads, tuple(rows))
+
+
+def times_sentence(measured: Measured) -> str:
+    """In which setting the table's times were taken; empty where there are none."""
+    own = _fewest(measured.latency["teacher"])
+    if own is None:
+        return ""
+    threads = f"{own.threads} thread{'s' if own.threads > 1 else ''}"
+    return f"Times: one pass over a batch of {own.batch_size}, {own.device}, {threads}."
+
+
+def _times(entries: Sequence[LatencyFigures]) -> list[str]:
+    setting = _fewest(entries)
+    found = {
+        entry.runtime: entry.median_ms
+        for entry in entries
+        if setting is not None and _key(entry) == _key(setting)
+    }
+    return [f"{found[runtime]:.2f}" if runtime in found else NOT_MEASURED for runtime in _RUNTIMES]
+
+
+def _fewest(entries: Sequence[LatencyFigures]) -> LatencyFigures | None:
+    return min(entries, key=_key, default=None)
+
+
+def _key(entry: LatencyFigures) -> tuple[bool, int, int]:
+    """CPUs first: only there all runtimes are measured."""
+    return entry.device != "cpu", entry.batch_size, entry.threads
 
 
 def file_sentence(metrics: Metrics) -> str:

@@ -1,7 +1,15 @@
 """Make finished students smaller: in their weights, their structure, and their file."""
 
 from pbkd.shrink.figures import StepFigures
-from pbkd.shrink.recipe import FILE, SHRUNK, ShrinkRecord, read_record, run_recipe, step_keys
+from pbkd.shrink.recipe import (
+    FILE,
+    SHRUNK,
+    ShrinkRecord,
+    read_record,
+    run_recipe,
+    step_keys,
+    structures,
+)
 from pbkd.shrink.state import Shrunk
 from pbkd.shrink.training import Trainer
 
@@ -15,4 +23,5 @@ __all__ = [
     "read_record",
     "run_recipe",
     "step_keys",
+    "structures",
 ]

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pbkd.artifacts import Store, digest_of, read_json, write_json
+from pbkd.artifacts import Store, digest_of, link_tree, read_json, write_json
 from pbkd.config import CodeStep, StepConfig
+from pbkd.models.checkpoint import CARD, WEIGHTS
 from pbkd.shrink import channels, lowrank, prune, quantize
 from pbkd.shrink.container import pack
 from pbkd.shrink.figures import StepFigures, sizes
@@ -26,6 +27,9 @@ SHRUNK = "shrunk"
 """Kind of the store's items."""
 RECORD = "shrink.json"
 FILE = "model.pbkd"
+_STRUCTURES = "steps"
+"""Folder of the models before a step changed their structure, by the number of their own step."""
+_STRUCTURAL = ("prune_channels", "low_rank")
 
 _ALGORITHMS = {"prune": 1, "prune_channels": 1, "low_rank": 1, "quantize": 1, "code": 1}
 """Raised whenever the same settings would give another student."""
@@ -84,6 +88,14 @@ def read_record(folder: Path) -> ShrinkRecord:
     return ShrinkRecord.model_validate(read_json(folder / RECORD))
 
 
+def structures(folder: Path) -> dict[int, Path]:
+    """Number of a step to the model after it, for every structure that a later step changed.
+
+    The finished student has the structure of all steps after the last of these.
+    """
+    return {int(path.name): path for path in (folder / _STRUCTURES).glob("*")}
+
+
 def settings_text(step: StepConfig) -> str:
     """A step's settings that are not the defaults, as in params.yaml; training by its epochs."""
     given: dict[str, Any] = step.model_dump(
@@ -140,6 +152,7 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
         epochs = 0 if step.method == "code" else step.tune.epochs
         figures = _figures(own, packed, step.method, settings_text(step), trainer, began_s, epochs)
         write_json(folder / RECORD, ShrinkRecord(steps=(*earlier.steps, figures)))
+        _keep_structures(before, folder, changes=step.method in _STRUCTURAL)
         for path in before.glob("*.jsonl"):
             shutil.copy(path, folder)
         for path in trainer.folder.glob("*.jsonl"):
@@ -154,6 +167,17 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
 
     store.put(SHRUNK, key, write)
     shutil.rmtree(trainer.folder, ignore_errors=True)
+
+
+def _keep_structures(before: Path, folder: Path, *, changes: bool) -> None:
+    """What ``structures`` finds; ``changes``: the model before this step is one of them."""
+    if (before / _STRUCTURES).is_dir():
+        link_tree(before / _STRUCTURES, folder / _STRUCTURES)
+    if changes:
+        kept = folder / _STRUCTURES / str(len(read_record(before).steps) - 1)
+        kept.mkdir(parents=True)
+        for name in (CARD, WEIGHTS):
+            shutil.copy(before / name, kept)
 
 
 def _figures(

@@ -36,7 +36,7 @@ from pbkd.report import (
     render,
 )
 from pbkd.report.results import BASELINES
-from pbkd.shrink import FILE, ShrinkRecord, read_record
+from pbkd.shrink import FILE, ShrinkRecord, read_record, structures
 from pbkd.shrink.figures import num_nonzero
 from pbkd.stages.context import StageContext, stage_records, student_folders
 from pbkd.stages.device_time import student_device_s
@@ -72,6 +72,7 @@ class FinishedStudent:
     Attributes:
         shrunk: the steps of its recipe.
         is_coded: whether it ended as a `.pbkd` file.
+        structures: number of a step to the model after it, where a later one changed its structure.
         baselines: kind to record.
         folder: of the fine-tuned student; baselines are below it.
     """
@@ -80,6 +81,7 @@ class FinishedStudent:
     finetuned: Finetuned
     shrunk: ShrinkRecord
     is_coded: bool
+    structures: dict[int, Path]
     baselines: dict[str, Baseline]
     folder: Path
 
@@ -94,6 +96,7 @@ class FinishedStudent:
             finetuned=Finetuned.model_validate(read_json(folder / "finetune.json")),
             shrunk=read_record(shrunk),
             is_coded=(shrunk / FILE).is_file(),
+            structures=structures(shrunk),
             baselines={
                 kind: Baseline.model_validate(read_json(path))
                 for kind, path in paths.items()
@@ -212,11 +215,12 @@ def _measured(
     """Latency is kept by machine and models; the rest comes from this machine's records."""
     config, workspace = context.params.evaluate, context.workspace
     machine = this_machine()
-    digests = {name: card.digest for name, (_, card) in models.items()}
+    timed = models | _step_models(finished)
+    digests = {name: card.digest for name, (_, card) in timed.items()}
     key = digest_of({"models": digests, "config": config, "onnxruntime": runtime_version()})
     kept = _kept(workspace) / machine.machine_id / f"{key}.json"
     if not kept.is_file():
-        found = measure_runtimes(config, models, load_prepared(workspace.prepared))
+        found = measure_runtimes(config, timed, load_prepared(workspace.prepared))
         write_json(kept, {"date": _today(), **found._asdict()})
     entry = read_json(kept)
     phase = workspace.state / "block_phase.json"
@@ -227,8 +231,15 @@ def _measured(
             onnxruntime=runtime_version() if entry["exports"] else None,
         ),
         date=entry["date"],
-        latency=entry["latency"],
-        exports=entry["exports"],
+        latency={name: entry["latency"][name] for name in models},
+        step_latency={
+            name: {
+                number: entry["latency"][_step_name(name, number)] for number in student.structures
+            }
+            for name, student in finished.items()
+            if student.structures
+        },
+        exports={name: own for name, own in entry["exports"].items() if name in models},
         stages=stage_figures(workspace),
         block_phase=BlockPhase.model_validate(read_json(phase)) if phase.is_file() else None,
         device_s=_device_s(workspace, finished),
@@ -246,6 +257,21 @@ def _measured(
             if (latency_ms := student.stitched.measured.latency_ms) is not None
         },
     )
+
+
+def _step_models(
+    finished: dict[str, FinishedStudent],
+) -> dict[str, tuple[Classifier, ModelCard]]:
+    """Students before a step changed their structure, which have a latency of their own."""
+    return {
+        _step_name(name, number): load_model(path, allow_code=True)
+        for name, student in finished.items()
+        for number, path in student.structures.items()
+    }
+
+
+def _step_name(student: str, number: int) -> str:
+    return f"{student}/{number}"  # no student's name has a slash
 
 
 def _device_s(workspace: Workspace, finished: dict[str, FinishedStudent]) -> dict[str, float]:

@@ -11,7 +11,8 @@ import torch
 import pbkd
 from pbkd.artifacts import Workspace
 from pbkd.errors import ConfigError
-from pbkd.shrink import SHRUNK, read_record
+from pbkd.report import read_measured, read_metrics, shrink_table
+from pbkd.shrink import SHRUNK, read_record, structures
 from pbkd.stages import StageContext, run_stage
 from pbkd.students import load_model
 
@@ -158,3 +159,39 @@ def test_the_trainings_of_all_steps_lie_beside_the_record(coded):
     line = json.loads((only_student(coded) / names[1]).read_text().splitlines()[-1])
     assert line["val_accuracy"] > 0.5
     assert not list((coded.state / "checkpoints" / "shrink").glob("*"))
+
+
+def test_every_structure_on_the_way_has_its_latency(coded):
+    """Steps that leave the structure as it is share the time of the one that has been measured."""
+    recipe = (
+        "[{method: prune, sparsity: 0.3, tune: {epochs: 0}}, "
+        "{method: prune_channels, ratio: 0.5, tune: {epochs: 0}}, "
+        "{method: quantize, bits: 8, tune: {epochs: 0}}, {method: code}]"
+    )
+    context = with_recipe(coded, f"{{recipe: {recipe}}}")
+    run_stage("shrink", context)
+    folder = only_student(coded)
+    found = structures(folder)
+    assert sorted(found) == [1]  # after `prune`, before the channels went
+    before, _ = load_model(found[1])
+    after, _ = load_model(folder)
+    steps = read_record(folder).steps
+    assert sum(p.numel() for p in before.parameters()) == steps[1].num_parameters
+    assert sum(p.numel() for p in after.parameters()) == steps[2].num_parameters
+    assert steps[2].num_parameters < steps[1].num_parameters
+
+    run_stage("evaluate", context)
+
+    measured = read_measured(coded.results)
+    name = folder.name
+    own = measured.step_latency[name][1]
+    assert [entry.batch_size for entry in own] == [1, 8]
+    assert measured.latency_after(name, 0) == measured.latency_after(name, 1) == own
+    for step in (2, 3, 4):
+        assert measured.latency_after(name, step) == measured.latency[name]
+    assert set(measured.latency) == {"teacher", name}
+    table = shrink_table(read_metrics(coded.results), measured)
+    times = [row[table.heads.index("ms, PyTorch")] for row in table.rows]
+    assert times[0] == times[1] == f"{own[0].median_ms:.2f}"
+    assert times[2] == times[4] == f"{measured.latency[name][0].median_ms:.2f}"
+    assert {row[table.heads.index("ms, onnxruntime")] for row in table.rows} == {"not measured"}
