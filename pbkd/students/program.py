@@ -97,26 +97,28 @@ def minimise(program: Program, costs: Sequence[Integers]) -> Integers | None:
     return _earliest(program)
 
 
-def least_relaxation(program: Program, offsets: Sequence[int]) -> Integers:
-    """The choice that needs the smallest t >= 0 with sum + offset <= (1 + t) (limit + offset).
+def least_relaxation(program: Program, offsets: Sequence[int], limits: Sequence[float]) -> Integers:
+    """The choice that needs the smallest t >= 0 with sum + offset <= (1 + t) limit.
 
     Args:
-        offsets: per row; limit + offset must be positive.
+        offsets: per row, what is there without any choice.
+        limits: per row, of the whole and positive, as they were before they became integers.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # half a second of start-up
 
     num = len(program.allowed)
-    limits = np.array([row.limit for row in program.rows])
-    wholes = np.maximum(1, limits + np.array(offsets))
+    wholes = np.array(limits, dtype=np.float64)
     shares = np.array([row.amounts for row in program.rows]) / wholes[:, None]
-    t_column = np.full((len(limits), 1), -1.0)
+    t_column = np.full((len(wholes), 1), -1.0)
     found = milp(
         np.append(np.zeros(num), _COST_SCALE),
         integrality=np.append(np.ones(num, dtype=np.int64), 0),
         bounds=Bounds(0, np.append(program.allowed.astype(float), np.inf)),
         constraints=[
             LinearConstraint(np.pad(_groups(program), ((0, 0), (0, 1))), 1, 1),
-            LinearConstraint(np.hstack([shares, t_column]), -np.inf, limits / wholes),
+            LinearConstraint(
+                np.hstack([shares, t_column]), -np.inf, 1 - np.array(offsets) / wholes
+            ),
         ],
         options={"mip_rel_gap": 0},
     )

@@ -195,7 +195,8 @@ def nearest(
     table = _Table(blocks, rest)
     program = Program.of(table.sizes, [table.row(figure, limits[figure]) for figure in limits])
     offsets = [_units(rest, figure) for figure in limits]
-    return table.selection(least_relaxation(program, offsets))
+    exact = [limits[figure] * _scale(figure) for figure in limits]
+    return table.selection(least_relaxation(program, offsets, exact))
 
 
 class _Table:
@@ -271,10 +272,14 @@ def _units(figures: Figures, figure: Figure) -> int:
 
 def _whole(limit: float, figure: Figure) -> int:
     """The largest figure, as an integer, that is not over the limit."""
-    scale = _NS_PER_MS if figure == "latency" else 1
-    units = math.floor(Fraction(limit) * scale)
+    units = math.floor(Fraction(limit) * _scale(figure))
     return units + 1 if _value(units + 1, figure) <= limit else units  # what 0.1 ms stands for
 
 
 def _value(units: int, figure: Figure) -> float:
-    return units / _NS_PER_MS if figure == "latency" else units
+    return units / _scale(figure)
+
+
+def _scale(figure: Figure) -> int:
+    """Units in 1 of a figure: nanoseconds in a millisecond."""
+    return _NS_PER_MS if figure == "latency" else 1

@@ -116,6 +116,17 @@ def test_it_is_the_best_of_all_choices_ties_included(amounts, data):
         assert smallest(blocks, rest, figure) == min(t.of(figure) for _, t in choices)
 
 
+def test_a_limit_that_falls_just_short_of_a_whole_unit_is_not_rounded_down_in_the_nearest_choice():
+    """9.999999999999999e-06 ms are 10 ns but for rounding: the candidate needs 10 %, not 22 %."""
+    fixed = [block(name, figures(0, 0, 1, 2), []) for name in ("b0", "b2")]
+    blocks = [*fixed, block("b1", figures(0, 0, 2, 0), [(0.0, figures(0, 0, 0, 4))])]
+    limits = {"latency": 9.999999999999999e-06, "bytes": 5}
+    with pytest.raises(BudgetError):
+        select(blocks, figures(0, 0, 2, 3), limits)
+    found = nearest(blocks, figures(0, 0, 2, 3), limits).figures
+    assert (found.bytes, found.latency_ms) == (4, pytest.approx(11e-6))
+
+
 def many_blocks(seed: int, num_blocks: int = 200, num_candidates: int = 10):
     """Damages from 1e-6 to 10 nats, larger where the candidate is smaller."""
     rng = np.random.default_rng(seed)
