@@ -161,6 +161,10 @@ def test_the_trainings_of_all_steps_lie_beside_the_record(coded):
     assert not list((coded.state / "checkpoints" / "shrink").glob("*"))
 
 
+def fewest(entries):
+    return min(entries, key=lambda entry: (entry.batch_size, entry.threads))
+
+
 def test_every_structure_on_the_way_has_its_latency(coded):
     """Steps that leave the structure as it is share the time of the one that has been measured."""
     recipe = (
@@ -185,13 +189,13 @@ def test_every_structure_on_the_way_has_its_latency(coded):
     measured = read_measured(coded.results)
     name = folder.name
     own = measured.step_latency[name][1]
-    assert [entry.batch_size for entry in own] == [1, 8]
+    assert {entry.batch_size for entry in own} == {1, 8}
     assert measured.latency_after(name, 0) == measured.latency_after(name, 1) == own
     for step in (2, 3, 4):
         assert measured.latency_after(name, step) == measured.latency[name]
     assert set(measured.latency) == {"teacher", name}
     table = shrink_table(read_metrics(coded.results), measured)
     times = [row[table.heads.index("ms, PyTorch")] for row in table.rows]
-    assert times[0] == times[1] == f"{own[0].median_ms:.2f}"
-    assert times[2] == times[4] == f"{measured.latency[name][0].median_ms:.2f}"
+    assert times[0] == times[1] == f"{fewest(own).median_ms:.2f}"
+    assert times[2] == times[4] == f"{fewest(measured.latency[name]).median_ms:.2f}"
     assert {row[table.heads.index("ms, onnxruntime")] for row in table.rows} == {"not measured"}
