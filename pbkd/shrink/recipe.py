@@ -152,7 +152,8 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
         epochs = 0 if step.method == "code" else step.tune.epochs
         figures = _figures(own, packed, step.method, settings_text(step), trainer, began_s, epochs)
         write_json(folder / RECORD, ShrinkRecord(steps=(*earlier.steps, figures)))
-        _keep_structures(before, folder, changes=step.method in _STRUCTURAL)
+        changed = len(earlier.steps) - 1 if step.method in _STRUCTURAL else None
+        _keep_structures(before, folder, changed)
         for path in before.glob("*.jsonl"):
             shutil.copy(path, folder)
         for path in trainer.folder.glob("*.jsonl"):
@@ -169,12 +170,12 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
     shutil.rmtree(trainer.folder, ignore_errors=True)
 
 
-def _keep_structures(before: Path, folder: Path, *, changes: bool) -> None:
-    """What ``structures`` finds; ``changes``: the model before this step is one of them."""
+def _keep_structures(before: Path, folder: Path, changed: int | None) -> None:
+    """What ``structures`` finds; ``changed``: number of the step before, if this is one of them."""
     if (before / _STRUCTURES).is_dir():
         link_tree(before / _STRUCTURES, folder / _STRUCTURES)
-    if changes:
-        kept = folder / _STRUCTURES / str(len(read_record(before).steps) - 1)
+    if changed is not None:
+        kept = folder / _STRUCTURES / str(changed)
         kept.mkdir(parents=True)
         for name in (CARD, WEIGHTS):
             shutil.copy(before / name, kept)

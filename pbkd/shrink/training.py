@@ -51,9 +51,10 @@ class Trainer:
         name: str = "tune",
         keep: Keep = "best",
         on_step: Callable[[int], None] = lambda _: None,
-        holds_zeros: bool = True,
     ) -> Fitted:
         """Train a student in place, on the device of the streams; it comes back to the CPU.
+
+        Weights that are exactly 0 stay so.
 
         Args:
             epochs: instead of ``tune.epochs``.
@@ -62,7 +63,6 @@ class Trainer:
                 included; "last" those at the end.
             on_step: called before each step of the optimizer with the number of steps so far, those
                 before a resumed checkpoint included.
-            holds_zeros: whether weights that are exactly 0 stay so.
 
         Raises:
             TrainingError: a batch does not fit into memory.
@@ -73,7 +73,7 @@ class Trainer:
             recipe = replace(recipe, epochs=epochs)
         device = self.train.device
         student.to(device)
-        with _zeros_held(student, holds_zeros):
+        with _zeros_held(student):
             fitted = fit_guarded(
                 student,
                 self.train,
@@ -99,10 +99,10 @@ class Trainer:
 
 
 @contextmanager
-def _zeros_held(student: nn.Module, is_wanted: bool) -> Iterator[None]:
+def _zeros_held(student: nn.Module) -> Iterator[None]:
     """Weights that are 0 get no gradient: with neither momentum nor decay they stay 0."""
     handles = []
-    for weight in student.parameters() if is_wanted else ():
+    for weight in student.parameters():
         if weight.dim() > 1 and bool((weight == 0).any()):
             kept = (weight != 0).to(weight.dtype)
             hook: Callable[[Tensor], Tensor] = partial(torch.mul, kept)
