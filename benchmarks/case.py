@@ -39,6 +39,7 @@ from pbkd.config import (
 )
 from pbkd.data import Split, Stream, load_prepared
 from pbkd.distill import TraineeSpec, make_trainees, relative_l2
+from pbkd.distill.steps import Steps
 from pbkd.distill.trainee import Trainee
 from pbkd.models import Classifier, ModelCard, NetworkSpec, build_network
 
@@ -146,12 +147,12 @@ class Pbkd:
             for spec in case.specs
         ]
         self.candidates = {trainee.spec.block: trainee.module for trainee in self.trainees}
+        self._take_steps = Steps()
 
     def epoch(self, epoch: int) -> None:
         """One epoch of all candidates."""
         for activations in self.source.epoch(epoch, self.candidates):
-            for trainee in self.trainees:
-                trainee.step(activations[trainee.spec.block])
+            self._take_steps(self.trainees, activations)
 
 
 class Cache:

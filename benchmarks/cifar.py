@@ -15,6 +15,19 @@ from workspaces import ROOT
 _TIME_IS_UP = 3
 
 AUGMENT: dict[str, Any] = {"pad": 4, "flip": True}
+GPU_TEACHER: dict[str, Any] = {
+    "epochs": 80,
+    "batch_size": 512,
+    "lr": 0.2,
+    "augment": AUGMENT,
+    "min_accuracy": 0.0,
+}
+LIBRARY: list[dict[str, Any]] = [
+    {"kind": "separable"},
+    {"kind": "low_rank", "ratio": 0.25},
+    {"kind": "bottleneck", "ratio": 0.25},
+    {"kind": "identity"},
+]
 PREPARE: dict[str, Any] = {"source": "image_folder", "image_size": 32, "val_fraction": 0.1}
 
 

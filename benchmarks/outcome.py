@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness import Target, median
 
-PUBLISHED, RELAY, CACHE, COMPILED = "published", "relay", "cache", "cache, compiled"
+PUBLISHED, RELAY, CACHE = "published", "relay", "cache"
 _MAX_S, _MAX_OVER_FLOOR, _MIN_SAVED, _MAX_DIFFERENCE = 20.0, 3.0, 29.0, 2.0
 
 
@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
         epochs: those really run.
-        fill, compile: before the first epoch.
+        fill: before the first epoch.
         scale: training images of the case over those that the variant had.
         peak_bytes: most GPU memory allocated in the first epoch; None on a CPU.
         losses: validation loss per block after the first epoch.
@@ -36,7 +36,6 @@ class Outcome:
     losses: dict[str, float]
     peak_bytes: int | None
     fill: Cost = Cost()
-    compile: Cost = Cost()
     scale: float = 1.0
     note: str = ""
 
@@ -48,15 +47,14 @@ class Outcome:
         """The whole training."""
         run_s = self.scale * sum(cost.duration_s for cost in self.epochs)
         training_s = run_s if len(self.epochs) == epochs else epochs * self.epoch_s()
-        return self.compile.duration_s + self.scale * self.fill.duration_s + training_s
+        return self.scale * self.fill.duration_s + training_s
 
     def energy_j(self, epochs: int) -> float | None:
         """Joules of the whole training, by the mean epoch; None: one could not be read."""
         read = [cost.energy_j for cost in self.epochs if cost.energy_j is not None]
-        before = (self.compile.energy_j, self.fill.energy_j)
-        if len(read) < len(self.epochs) or before[0] is None or before[1] is None:
+        if len(read) < len(self.epochs) or self.fill.energy_j is None:
             return None
-        return before[0] + self.scale * (before[1] + epochs * statistics.fmean(read))
+        return self.scale * (self.fill.energy_j + epochs * statistics.fmean(read))
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,6 @@ class Result:
             "s per epoch": f"{outcome.epoch_s():.3g}",
             "images/s": f"{self.num_images / outcome.epoch_s():.4g}",
             "fill, s": f"{outcome.scale * outcome.fill.duration_s:.3g}",
-            "compile, s": f"{outcome.compile.duration_s:.3g}",
             f"{self.epochs} epochs, s": f"{duration_s:.4g}",
             "x": f"{self._duration_s(PUBLISHED) / duration_s:.2f}",
             "over floor": f"{duration_s / self.floor_s:.3g}",

@@ -88,72 +88,47 @@ QUICK = Case(
     within={"25": 1.0},
 )
 
-_GPU_STAGES: dict[str, dict[str, Any]] = {
-    "activations": {"views": 4, "max_cache_gb": 20},
-    "distill": {"epochs": 12, "batch_size": 128},
+_ON_GPU: dict[str, dict[str, Any]] = {
+    "prepare": cifar.PREPARE,
+    "activations": {"source": "relay", "views": 4},
+    "distill": {"epochs": 8, "batch_size": 512, "lr": 4e-3},
     "finetune": {
-        "epochs": 40,
-        "patience": 40,
-        "batch_size": 128,
-        "lr": 0.05,
+        "epochs": 30,
+        "patience": 30,
+        "batch_size": 512,
+        "lr": 0.1,
         "baselines": ["scratch", "distill"],
     },
-    "evaluate": _EVALUATE,
+    "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.5, "runtimes": ["pytorch"]},
 }
+_GPU_REPAIR = {"epochs": 5, "batch_size": 512, "lr": 1e-2}
 FULL = (
     Case(
         name="vgg16",
-        params=_GPU_STAGES
+        params=_ON_GPU
         | {
-            "prepare": cifar.PREPARE,
-            "teacher": {
-                "model": "cifar_vgg16",
-                "epochs": 60,
-                "batch_size": 128,
-                "lr": 0.1,
-                "augment": cifar.AUGMENT,
-                "min_accuracy": 0.93,
-            },
-            "blocks": {
-                "candidates": [
-                    {"kind": "separable"},
-                    {"kind": "low_rank", "ratio": 0.25},
-                    {"kind": "bottleneck", "ratio": 0.25},
-                    {"kind": "identity"},
-                ]
-            },
+            "teacher": cifar.GPU_TEACHER | {"model": "cifar_vgg16"},
+            "blocks": {"candidates": cifar.LIBRARY},
             "stitch": {
                 "max_damage": 5.0,
-                "students": {
-                    "12": {"max_parameters": 0.125},
-                    "25": {"max_parameters": 0.25},
-                    "10": {"max_parameters": 0.1},
-                },
-                "repair": {"epochs": 4, "batch_size": 128},
+                "students": {"10": {"max_parameters": 0.1}, "25": {"max_parameters": 0.25}},
+                "repair": _GPU_REPAIR,
             },
         },
-        kept={"12": 98.0},
+        kept={"10": 98.0},
         within={"25": 0.3, "10": 1.0},
         faster=2.0,
     ),
     Case(
         name="resnet20",
-        params=_GPU_STAGES
+        params=_ON_GPU
         | {
-            "prepare": cifar.PREPARE,
-            "teacher": {
-                "model": "cifar_resnet20",
-                "epochs": 60,
-                "batch_size": 128,
-                "lr": 0.1,
-                "augment": cifar.AUGMENT,
-                "min_accuracy": 0.9,
-            },
+            "teacher": cifar.GPU_TEACHER | {"model": "cifar_resnet20"},
             "blocks": {"candidates": [{"kind": "separable"}]},
             "stitch": {
                 "max_damage": 5.0,
                 "students": {"25": {"max_parameters": 0.25}, "50": {"max_parameters": 0.5}},
-                "repair": {"epochs": 4, "batch_size": 128},
+                "repair": _GPU_REPAIR,
             },
         },
         kept={"25": 90.0},
@@ -168,6 +143,8 @@ def main() -> None:
     cifar.begin(options)
     cases = (QUICK,) if options.quick else FULL
     for case in cases:
+        if options.case not in (None, case.name):
+            continue
         seeds = options.seed if case is cases[0] else options.seed[:1]
         for seed in seeds:
             _go_on(_workspace(case, seed, options.images.resolve()))
@@ -175,7 +152,7 @@ def main() -> None:
     finished = [
         (case, folder)
         for case in cases
-        for folder in sorted(_folder(case).iterdir())
+        for folder in sorted(_folder(case).glob("*"))
         if (folder / "quality.json").is_file()
     ]
     report(finished, cases)
@@ -184,6 +161,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     cifar.add_options(parser)
+    parser.add_argument("--case", choices=[case.name for case in FULL], help="one network only")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds to work on")
     return parser.parse_args()
 

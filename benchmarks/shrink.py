@@ -16,7 +16,7 @@ import argparse
 import json
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,59 +80,83 @@ class Case:
     faster: float = 8.0
 
 
-def _tune(epochs: int, lr: float = 0.02) -> dict[str, Any]:
-    return {"epochs": epochs, "batch_size": 128, "lr": lr, "patience": max(epochs, 1)}
+@dataclass(frozen=True)
+class Tuning:
+    """How a step trains."""
 
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.02
 
-def _prune(sparsity: float, epochs: int) -> dict[str, Any]:
-    return {"method": "prune", "sparsity": sparsity, "tune": _tune(epochs)}
-
-
-def _quantize(bits: int, epochs: int, lr: float = 0.01) -> dict[str, Any]:
-    return {"method": "quantize", "bits": bits, "tune": _tune(epochs, lr)}
-
-
-def _narrow(macs: float, epochs: int) -> dict[str, Any]:
-    return {"method": "prune_channels", "max_macs": macs, "tune": _tune(epochs)}
-
-
-def _low_rank(energy: float, epochs: int) -> dict[str, Any]:
-    return {"method": "low_rank", "energy": energy, "tune": _tune(epochs)}
-
-
-def _rows(epochs: int, small: Mapping[str, Any], *, full: bool) -> dict[str, Row]:
-    """Methods alone on the whole teacher, then combined; ``small`` is the distilled budget."""
-    last = (_quantize(4, epochs), _CODE)
-    rows = {
-        "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, epochs), _CODE)),
-        "lowrank": Row("low rank", _WHOLE, (_low_rank(0.8, epochs), _CODE)),
-        "narrow": Row("fewer channels", _WHOLE, (_narrow(0.4, 2 * epochs), _CODE)),
-        "int8": Row("8 bits", _WHOLE, (_quantize(8, 0), _CODE)),
-        "int4": Row("4 bits", _WHOLE, (_quantize(4, epochs), _CODE)),
-        "small": Row("distill", small, (_CODE,)),
-        "fast": Row("distill, 8 bits", small, (_quantize(8, max(epochs, 5), 0.03), _CODE)),
-        "target": Row("distill, prune, 4 bits", small, (_prune(0.6, 2 * epochs), *last)),
-    }
-    if full:
-        for percent in (40, 87.5, 95):
-            name = f"prune-{percent:g}"
-            recipe = (_prune(percent / 100, epochs), _CODE)
-            rows[name] = Row(f"prune {percent:g} %", _WHOLE, recipe)
-        rows |= {
-            "prune-int4": Row("prune, 4 bits", _WHOLE, (_prune(0.9, epochs), *last)),
-            "lowrank-int4": Row("low rank, 4 bits", _WHOLE, (_low_rank(0.8, epochs), *last)),
-            "small-int4": Row("distill, 4 bits", small, last),
-            "small-prune": Row("distill, prune", small, (_prune(0.75, epochs), _CODE)),
-            "near": Row(
-                "distill, prune, 5 bits", small, (_prune(0.5, epochs), _quantize(5, epochs), _CODE)
-            ),
-            "all": Row(
-                "distill, low rank, prune, 4 bits",
-                small,
-                (_low_rank(0.9, epochs), _prune(0.6, epochs), *last),
-            ),
+    def section(self, epochs: float = 1.0, lr: float = 1.0) -> dict[str, Any]:
+        """The step's ``tune``; both arguments are factors."""
+        num = round(epochs * self.epochs)
+        return {
+            "epochs": num,
+            "batch_size": self.batch_size,
+            "lr": lr * self.lr,
+            "patience": max(num, 1),
         }
-    return rows
+
+
+def _prune(sparsity: float, tune: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": "prune", "sparsity": sparsity, "tune": tune}
+
+
+def _quantize(bits: int, tune: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": "quantize", "bits": bits, "tune": tune}
+
+
+def _narrow(macs: float, tune: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": "prune_channels", "max_macs": macs, "tune": tune}
+
+
+def _low_rank(energy: float, tune: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": "low_rank", "energy": energy, "tune": tune}
+
+
+def _rows(tuning: Tuning, small: Mapping[str, Any]) -> dict[str, Row]:
+    """Methods alone on the whole teacher, then combined; ``small`` is the distilled budget."""
+    once, twice, slow = tuning.section(), tuning.section(epochs=2), tuning.section(lr=0.5)
+    long = tuning.section(epochs=max(1.0, 5 / tuning.epochs), lr=1.5)
+    last = (_quantize(4, slow), _CODE)
+    return {
+        "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, once), _CODE)),
+        "lowrank": Row("low rank", _WHOLE, (_low_rank(0.8, once), _CODE)),
+        "narrow": Row("fewer channels", _WHOLE, (_narrow(0.4, twice), _CODE)),
+        "int8": Row("8 bits", _WHOLE, (_quantize(8, tuning.section(epochs=0)), _CODE)),
+        "int4": Row("4 bits", _WHOLE, last),
+        "small": Row("distill", small, (_CODE,)),
+        "fast": Row("distill, 8 bits", small, (_quantize(8, long), _CODE)),
+        "target": Row("distill, prune, 4 bits", small, (_prune(0.6, twice), *last)),
+    }
+
+
+def _more_rows(
+    tuning: Tuning, small: Mapping[str, Any], middle: Mapping[str, Any]
+) -> dict[str, Row]:
+    """What a GPU has time for beside them: more shares of zeros, pairs, and all methods at once."""
+    once, slow = tuning.section(), tuning.section(lr=0.5)
+    last = (_quantize(4, slow), _CODE)
+    near = (_prune(0.5, once), _quantize(5, slow), _CODE)
+    rows = {
+        f"prune-{percent:g}": Row(
+            f"prune {percent:g} %", _WHOLE, (_prune(percent / 100, once), _CODE)
+        )
+        for percent in (40, 87.5, 95)
+    }
+    return rows | {
+        "prune-int4": Row("prune, 4 bits", _WHOLE, (_prune(0.9, once), *last)),
+        "lowrank-int4": Row("low rank, 4 bits", _WHOLE, (_low_rank(0.8, once), *last)),
+        "small-int4": Row("distill, 4 bits", small, last),
+        "small-prune": Row("distill, prune", small, (_prune(0.75, once), _CODE)),
+        "near": Row("distill less, prune, 5 bits", middle, near),
+        "all": Row(
+            "distill, low rank, prune, 4 bits",
+            small,
+            (_low_rank(0.95, once), _prune(0.6, once), *last),
+        ),
+    }
 
 
 _EVALUATE = {
@@ -161,37 +185,29 @@ QUICK = Case(
         "finetune": {"epochs": 1, "batch_size": 128},
         "evaluate": _EVALUATE,
     },
-    rows=_rows(1, {"max_parameters": 0.125}, full=False),
+    rows=_rows(Tuning(1), {"max_parameters": 0.125}),
     claims=(Claim(100.0, kept=96.0),),
 )
 
+_SMALL, _MIDDLE = {"max_parameters": 0.04}, {"max_parameters": 0.1}
+_GPU_BATCH = 512
+_GPU_TUNING = Tuning(10, _GPU_BATCH, 0.05)
 FULL = Case(
     name="vgg19",
     params={
         "prepare": cifar.PREPARE,
-        "teacher": {
-            "model": "cifar_vgg19",
-            "epochs": 60,
-            "batch_size": 128,
-            "lr": 0.1,
-            "augment": cifar.AUGMENT,
-            "min_accuracy": 0.92,
+        "teacher": cifar.GPU_TEACHER | {"model": "cifar_vgg19"},
+        "blocks": {"candidates": cifar.LIBRARY},
+        "activations": {"source": "relay", "views": 4},
+        "distill": {"epochs": 6, "batch_size": _GPU_BATCH, "lr": 4e-3},
+        "stitch": {
+            "max_damage": 5.0,
+            "repair": {"epochs": 4, "batch_size": _GPU_BATCH, "lr": 1e-2},
         },
-        "blocks": {
-            "candidates": [
-                {"kind": "separable"},
-                {"kind": "low_rank", "ratio": 0.25},
-                {"kind": "bottleneck", "ratio": 0.25},
-                {"kind": "identity"},
-            ]
-        },
-        "activations": {"views": 4, "max_cache_gb": 20},
-        "distill": {"epochs": 8, "batch_size": 128},
-        "stitch": {"max_damage": 5.0, "repair": {"epochs": 4, "batch_size": 128}},
-        "finetune": {"epochs": 30, "batch_size": 128},
-        "evaluate": _EVALUATE,
+        "finetune": {"epochs": 30, "patience": 30, "batch_size": _GPU_BATCH, "lr": 0.1},
+        "evaluate": _EVALUATE | {"latency_batch_sizes": [1], "latency_seconds": 0.5},
     },
-    rows=_rows(20, {"max_parameters": 0.05}, full=True),
+    rows=_rows(_GPU_TUNING, _SMALL) | _more_rows(_GPU_TUNING, _SMALL, _MIDDLE),
     claims=(Claim(250.0, kept=97.0), Claim(60.0, lost=0.5)),
 )
 
@@ -201,6 +217,8 @@ def main() -> None:
     options = _options()
     cifar.begin(options)
     case = QUICK if options.quick else FULL
+    if options.rows:
+        case = replace(case, rows={name: case.rows[name] for name in options.rows})
     workspace = _workspace(case, options.seed, options.images.resolve())
     go_on(workspace)
     signal.alarm(0)
@@ -211,6 +229,7 @@ def _options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     cifar.add_options(parser)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", choices=list(FULL.rows), help="some rows alone")
     return parser.parse_args()
 
 

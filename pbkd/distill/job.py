@@ -36,6 +36,7 @@ from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.data import Split, Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
 from pbkd.distill.score import SCORE, SCORE_BATCH, Damage, score
+from pbkd.distill.steps import Steps
 from pbkd.distill.timing import warm_up
 from pbkd.distill.trainee import WEIGHTS, Trainee, TraineeSpec
 from pbkd.errors import disk_errors_explained
@@ -177,12 +178,12 @@ class _Worker:
         trainees = [self._trainee(spec, first[spec.block].input, steps) for spec in specs]
         self._validate(trainees, source)
         active = _publish_finished(trainees, store)
+        take_steps = Steps()
         for epoch in range(epochs):
             if not active:
                 break
             for activations in source.epoch(epoch, {t.spec.block for t in active}):
-                for trainee in active:
-                    trainee.step(activations[trainee.spec.block])
+                take_steps(active, activations)
                 self._beat()
             self._validate(active, source)
             active = _publish_finished(active, store)

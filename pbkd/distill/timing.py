@@ -26,6 +26,7 @@ from pbkd.config import DistillConfig
 from pbkd.data import Stream
 from pbkd.devices import is_out_of_memory
 from pbkd.distill.score import SCORE_BATCH
+from pbkd.distill.steps import WARM_STEPS, Steps
 from pbkd.distill.trainee import Trainee, TraineeSpec
 from pbkd.models import Classifier
 
@@ -190,7 +191,8 @@ def _step_cost(
     module = build_candidate(spec.config, block).to(device)
     init_candidate(spec.config, module, block, activation.input.float())
     module.requires_grad_(True)
-    held_bytes = sum(tensor.nbytes for tensor in (activation.input, activation.output))
+    batch_bytes = activation.input.nbytes + activation.output.nbytes
+    held_bytes = batch_bytes * (2 if activation.input.is_cuda else 1)  # a recorded step's own
     held_bytes += _COPIES * sum(parameter.nbytes for parameter in module.parameters())
     eval_s, step_s, step_bytes = 0.0, None, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +202,7 @@ def _step_cost(
             first_s = _first_s(trainee, activation)
             eval_s = _seconds(lambda: trainee.batch_loss(activation), device, cold=True) / num
             step_bytes = _bytes_of_a_step(trainee, activation)
-            step_s = _seconds(lambda: trainee.step(activation), device, cold=True) / num
+            step_s = _seconds(_step_of_a_job(trainee, activation), device, cold=True) / num
             fixed_s += max(0.0, first_s - (eval_s + step_s) * num)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -211,6 +213,18 @@ def _step_cost(
     return StepCost(
         fixed_s=fixed_s, step_s=step_s, eval_s=eval_s, held_bytes=held_bytes, step_bytes=step_bytes
     )
+
+
+def _step_of_a_job(trainee: Trainee, activation: Activation) -> Callable[[], None]:
+    """A step as a job takes it; on a GPU the next one is recorded, and those after it replayed."""
+    steps = Steps()
+
+    def take() -> None:
+        steps([trainee], {trainee.spec.block: activation})
+
+    for _ in range(WARM_STEPS if activation.input.is_cuda else 0):
+        take()
+    return take
 
 
 def _first_s(trainee: Trainee, activation: Activation) -> float:

@@ -20,7 +20,7 @@ from pbkd.distill.loss import LOSSES
 from pbkd.models import ModelCard
 from pbkd.seeding import derive_seed
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same settings would give other weights."""
 
 WEIGHTS = "weights.safetensors"
@@ -180,9 +180,11 @@ class Trainee:
         self.config = config
         self.loss = LOSSES[config.loss]
         self._norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        self._learns = any(True for _ in module.parameters())  # an identity has none
+        self.learns = any(True for _ in module.parameters())  # an identity has none
         self.optimizer = _optimizer(config, module)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
+        self.num_steps = num_steps
+        self.lr = config.lr
+        self._steps_taken = 0
         self.progress = progress
         self.started_at = time.time()
         self.stopped = ""
@@ -202,16 +204,31 @@ class Trainee:
 
     def step(self, activation: Activation) -> None:
         """One optimizer step; the loss stays on the device."""
+        self.count(self.descend(activation))
+
+    def descend(self, activation: Activation) -> Tensor:
+        """The part of a step that a CUDA graph can record; returns the loss."""
         self.module.eval()  # no dropout: the target has none, and draws depend on the grouping
         for norm in self._norms:
             norm.train()
         loss = self._loss(activation)
-        if self._learns:
+        if self.learns:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.schedule.step()
-        self._losses.append(loss.detach())
+        return loss.detach()
+
+    def count(self, loss: Tensor) -> None:
+        """Keep a step's loss, and set the learning rate of the next step: half a cosine wave."""
+        self._losses.append(loss)
+        self._steps_taken += 1
+        share = min(self._steps_taken / self.num_steps, 1.0)
+        self.lr = self.config.lr * (1 + math.cos(math.pi * share)) / 2
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
 
     @torch.no_grad()
     def batch_loss(self, activation: Activation) -> Tensor:
@@ -235,7 +252,7 @@ class Trainee:
             self._diverged(train_loss, val_loss)
         elif val_loss < self._best.loss:
             self._better(val_loss)
-        if self.active and not self._learns:
+        if self.active and not self.learns:
             self.stopped, self.message = "fixed", "it has no parameters to train"
         patience = self.config.patience
         if self.active and self._epoch >= self._plateau_since + patience:
@@ -251,11 +268,14 @@ class Trainee:
         write_json(folder / RESULT, self._result())
 
     def _loss(self, activation: Activation) -> Tensor:
-        x = _own_copy(activation.input)
-        mixed = self.config.mixed_precision and x.device.type == "cuda"
+        x, target = activation.input, activation.output
+        mixed = self.config.mixed_precision and x.is_cuda
+        dtype = torch.bfloat16 if mixed else torch.float32
+        # the candidate may overwrite its input, and others read the original
+        own = x.to(dtype, copy=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
-            output = self.module(x)
-        return self.loss(output.float(), activation.output.float())
+            output = self.module(own)
+        return self.loss(output, target if mixed else target.float())
 
     def _better(self, val_loss: float) -> None:
         if val_loss < self._best.loss * (1 - self.config.min_improvement):
@@ -274,7 +294,7 @@ class Trainee:
             epoch=self._epoch,
             train_loss=_finite(train_loss),
             val_loss=_finite(val_loss),
-            lr=self.schedule.get_last_lr()[0],
+            lr=self.lr,
             time=time.time(),
         )
         with self.progress.open("a") as file:
@@ -300,11 +320,6 @@ class Trainee:
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
 
 
-def _own_copy(tensor: Tensor) -> Tensor:
-    """Float32 that a candidate may overwrite: other trainees of the block read the original."""
-    return tensor.to(torch.float32, copy=True)
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
@@ -312,8 +327,11 @@ def _finite(value: float | None) -> float | None:
 def _optimizer(config: DistillConfig, module: nn.Module) -> torch.optim.Optimizer:
     # an optimizer refuses to be without any
     parameters = [*module.parameters()] or [nn.Parameter(torch.zeros(0))]
+    # what a CUDA graph records has to lie on the device
+    on_gpu = parameters[0].is_cuda
+    lr = torch.tensor(config.lr, device=parameters[0].device) if on_gpu else config.lr
     decay = config.weight_decay
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=config.lr, weight_decay=decay)
+        return torch.optim.RMSprop(parameters, lr=lr, weight_decay=decay, capturable=on_gpu)
     # fused: one kernel for all parameters; a third of the time on the CPU
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True, capturable=on_gpu)

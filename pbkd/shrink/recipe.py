@@ -78,9 +78,13 @@ def run_recipe(
     """
     if not store.has(SHRUNK, keys[0]):
         _begin(source, keys[0], store, trainer_of, measured=bool(steps))
+    packed: bytes | None = None  # of the step before, where it was taken just now
     for step, before, key in zip(steps, keys, keys[1:], strict=False):
-        if not store.has(SHRUNK, key):
-            _take(step, store.path(SHRUNK, before), key, store, trainer_of(key))
+        if store.has(SHRUNK, key):
+            packed = None
+        else:
+            trainer = trainer_of(key)
+            packed = _take(step, store.path(SHRUNK, before), key, store, trainer, packed)
 
 
 def read_record(folder: Path) -> ShrinkRecord:
@@ -131,7 +135,10 @@ def _begin(
     store.put(SHRUNK, key, write)
 
 
-def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Trainer) -> None:
+def _take(
+    step: StepConfig, before: Path, key: str, store: Store, trainer: Trainer, packed: bytes | None
+) -> bytes:
+    """Take one step; ``packed``: the student before it. Returns the student packed after it."""
     began_s = time.monotonic()
     earlier = read_record(before)
     shrunk = Shrunk.load(before, allow_code=True)
@@ -145,10 +152,13 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
         shrunk = quantize.apply(shrunk, step, trainer)
 
     def write(folder: Path) -> None:
+        nonlocal packed
         own = shrunk.save(folder)
-        packed = pack(own)
-        if step.method == "code":
+        if step.method == "code":  # the same student, now as a file
+            packed = packed or pack(own)
             (folder / FILE).write_bytes(packed)
+        else:
+            packed = pack(own)
         epochs = 0 if step.method == "code" else step.tune.epochs
         figures = _figures(own, packed, step.method, settings_text(step), trainer, began_s, epochs)
         write_json(folder / RECORD, ShrinkRecord(steps=(*earlier.steps, figures)))
@@ -168,6 +178,8 @@ def _take(step: StepConfig, before: Path, key: str, store: Store, trainer: Train
 
     store.put(SHRUNK, key, write)
     shutil.rmtree(trainer.folder, ignore_errors=True)
+    assert packed is not None
+    return packed
 
 
 def _keep_structures(before: Path, folder: Path, changed: int | None) -> None:
