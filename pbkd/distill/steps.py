@@ -75,6 +75,7 @@ class Steps:
         except Exception as error:  # noqa: BLE001 - of a user's own kind, whatever it raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             _log.warning("%s is trained step by step: %s", trainee.spec.name, reason)
+            self._pool = None  # a recording that broke off leaves its pool unusable
             return None
 
     def _step_aside(self, trainee: Trainee, activation: Activation) -> None:

@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 256
 _KL_IMAGES = 2000
+_RESTARTS, _SLOWER = 2, 4.0
+"""How often training begins again where its first epoch taught nothing, and by what factor."""
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class RepairRecord:
         epoch: -1: before the first step.
         train_loss: mean over the epoch's steps and the blocks; null for epoch -1.
         kl: mean KL(teacher || student), nats, on the images that choose; null: not finite.
+        restarts: how often training began again at a lower rate.
     """
 
     epoch: int
     train_loss: float | None
     kl: float | None
+    restarts: int = 0
 
 
 def repair(
@@ -65,7 +70,8 @@ def repair(
     """Train the replaced blocks in place; the student ends in evaluation mode.
 
     It ends with the weights, after an epoch or before the first, whose KL divergence from the
-    teacher is smallest: never worse than it came in.
+    teacher is smallest: never worse than it came in. Where the first epoch taught it nothing (the
+    loss rose, or the student knows no more than a guess), training begins again at a lower rate.
 
     Args:
         paths: the replaced blocks, below ``net``.
@@ -115,14 +121,18 @@ class Repair:
         self.capture = Capture(teacher, paths, images, torch.float32)
         self.norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
         self.parameters = list(self._parameters())
-        # fused: one kernel for all parameters
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=0.0, fused=True
-        )
-        steps = config.epochs * sum(1 for _ in train.rows(0, config.batch_size))
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.num_steps = config.epochs * sum(1 for _ in train.rows(0, config.batch_size))
+        self.restarts = 0
+        self.begin()
         self.targets: Mapping[str, Activation] = {}
         self.losses: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Make optimizer and schedule anew, at a rate that is lower after each restart."""
+        lr = self.config.lr / _SLOWER**self.restarts
+        # fused: one kernel for all parameters
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """What learns: the blocks, and where gradients reach them the batch norms between."""
@@ -134,22 +144,38 @@ class Repair:
     def run(self, history: Path, chooser: Stream) -> None:
         """All epochs; the student ends with the best weights."""
         reference = self._logits(self.teacher, chooser)
+        guess_kl = float(damage_kl(reference, _guess(reference)))
         best_kl, best = self._kl(reference, chooser), _copy(self.student)
+        start = best
         lines = [RepairRecord(-1, None, _finite(best_kl))]
+        epoch = 0
         with self._only_ours_learn():
-            for epoch in range(self.config.epochs):
-                loss = self._epoch(epoch)
+            while epoch < self.config.epochs:
+                losses = self._epoch(epoch)
+                loss = float(losses.mean())
                 kl = self._kl(reference, chooser)
                 if kl < best_kl or math.isnan(best_kl):
                     best_kl, best = kl, _copy(self.student)
                 _log.info("repair, epoch %d: loss %.4f, KL %.4f", epoch, loss, kl)
-                lines.append(RepairRecord(epoch, _finite(loss), _finite(kl)))
+                lines.append(RepairRecord(epoch, _finite(loss), _finite(kl), self.restarts))
                 history.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
+                is_lost = _has_risen(losses) or _is_guess(kl, guess_kl)
+                if epoch == 0 and is_lost and self.restarts < _RESTARTS:
+                    self._begin_again(start)
+                else:
+                    epoch += 1
         self.student.load_state_dict(best)
         self.student.eval()
 
-    def _epoch(self, epoch: int) -> float:
-        """Train through the data once; returns the mean loss."""
+    def _begin_again(self, start: Mapping[str, Tensor]) -> None:
+        self.restarts += 1
+        self.student.load_state_dict(start)
+        self.begin()
+        lr = self.optimizer.param_groups[0]["lr"]
+        _log.warning("repair: the first epoch taught nothing; again at lr %g", lr)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        """Train through the data once; returns the losses of its steps."""
         losses = []
         self.student.eval()  # no dropout: the teacher has none either
         for norm in self.norms:
@@ -159,7 +185,7 @@ class Repair:
                 losses.append(self._step(batch.images_nchw))
                 self.after_step()
         self.student.eval()
-        return float(torch.stack(losses).mean())
+        return torch.stack(losses)
 
     def _step(self, images_nchw: Tensor) -> Tensor:
         device_type = images_nchw.device.type
@@ -234,6 +260,21 @@ class Repair:
 def _backward(loss: Tensor) -> None:
     if loss.requires_grad:  # not of a candidate without weights
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _guess(logits_nk: Tensor) -> Tensor:
+    """The logits of a model that knows how frequent each class is, and nothing of an image."""
+    return logits_nk.double().softmax(1).mean(0).log().expand_as(logits_nk)
+
+
+def _has_risen(losses: Tensor) -> bool:
+    """Whether an epoch's losses ended above its first one, or are no numbers."""
+    return not float(losses[len(losses) // 2 :].mean()) <= float(losses[0])
+
+
+def _is_guess(kl: float, guess_kl: float) -> bool:
+    """Whether a student says the same of every image, as one does whose activations have died."""
+    return math.isclose(kl, guess_kl, rel_tol=_SAME)
 
 
 def _finite(value: float) -> float | None:

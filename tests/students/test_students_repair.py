@@ -17,7 +17,7 @@ from pbkd.data import Split, Stream
 from pbkd.distill import damage_kl, relative_l2
 from pbkd.models import Classifier, NetworkSpec, build_network, predict
 from pbkd.students.recalibrate import recalibrate
-from pbkd.students.repair import repair
+from pbkd.students.repair import Repair, repair
 from pbkd.testing import OverwritingNet, random_split
 
 METHODS = ["local", "joint"]
@@ -152,6 +152,37 @@ def test_it_never_ends_worse_than_it_began(tmp_path, method, lr):
     student, lines = run(tmp_path, method=method, lr=lr)
     assert_same(student, pair()[1])
     assert all(line["kl"] is None or line["kl"] >= lines[0]["kl"] for line in lines)
+
+
+def test_a_first_epoch_that_taught_nothing_is_tried_again_at_a_lower_rate(tmp_path, caplog):
+    student, lines = run(tmp_path, lr=2.0, epochs=3)
+    places = [(line["epoch"], line["restarts"]) for line in lines]
+    assert places == [(-1, 0), (0, 0), (0, 1), (1, 1), (2, 1)]
+    assert lines[1]["train_loss"] > 10
+    assert lines[-1]["train_loss"] < 1
+    assert "the first epoch taught nothing; again at lr 0.5" in caplog.text
+    calm, calm_lines = run(tmp_path, lr=0.5, epochs=3)
+    assert [line["restarts"] for line in calm_lines] == [0, 0, 0, 0]
+    assert_same(student, calm)
+
+
+def test_a_student_whose_activations_died_is_tried_again(tmp_path, monkeypatch, caplog):
+    epoch = Repair._epoch
+
+    def deadly(self: Repair, number: int) -> Tensor:
+        losses = epoch(self, number)
+        if self.restarts == 0:
+            with torch.no_grad():
+                self.student.net.fc.weight.zero_()
+                self.student.net.fc.bias.copy_(torch.tensor(guess))
+        return losses
+
+    teacher, _, _, train = pair()
+    logits = predict(teacher, train, batch_size=64).logits_nk
+    guess = logits.double().softmax(1).mean(0).log().tolist()
+    monkeypatch.setattr(Repair, "_epoch", deadly)
+    _, lines = run(tmp_path, lr=1e-2)
+    assert [line["restarts"] for line in lines] == [0, 0, 1, 1]
 
 
 def test_the_weights_of_the_best_epoch_are_kept_by_the_validation_images(tmp_path):
