@@ -22,7 +22,7 @@ check: $(READY)
 
 # `make bench QUICK=--quick` takes minutes instead of an hour.
 bench: $(READY)
-	for name in planner blocks scaling overhead; do python benchmarks/$$name.py $(QUICK) || exit 1; done
+	for name in planner blocks scaling overhead elastic; do python benchmarks/$$name.py $(QUICK) || exit 1; done
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "pbkd needs Python 3.11 to 3.13, this is %d.%d; run: make PYTHON=python3.12 ..." % v)'

@@ -14,6 +14,7 @@ from pbkd.shrink import SHRUNK
 from pbkd.stages import StageContext, finetune, shrink, stitch
 from pbkd.stages.baselines import BASELINES
 from pbkd.stages.context import recorded
+from pbkd.stages.labels import LABELS
 from pbkd.stages.repair_job import REPAIRED
 from pbkd.stages.student_job import FINETUNED
 
@@ -76,11 +77,12 @@ def stitch_students(context: StageContext, whole: WorkerPool, workers: WorkerPoo
 
 
 def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerPool) -> None:
-    """Fine-tune the students, then train their baselines; arguments and errors as above."""
+    """Label views where labels are kept, fine-tune, train baselines; arguments, errors as above."""
     with disk_errors_explained(), recorded("finetune", context.workspace):
         context.workspace.sweep()
         jobs = whole.run(finetune.start, context)
         pools = _Pools(context, whole, workers)
+        pools.run(finetune.run_labels, LABELS, finetune.start_labels(context, jobs))
         pools.run(finetune.run_finetune, FINETUNED, jobs)
         baselines = finetune.start_baselines(context, jobs)
         pools.run(finetune.run_baseline, BASELINES, baselines)

@@ -134,6 +134,8 @@ def compress(
     )
     if settings.finetune.baselines:
         raise ConfigError("finetune.baselines: only `pbkd run` trains baselines; leave it out")
+    if settings.finetune.teachers != "inline":
+        raise ConfigError("finetune.teachers: only `pbkd run` keeps labels; leave it at inline")
     splits = Splits(split_of(train, "train"), split_of(val, "val"))
     shapes = [split.images.shape[1:] for split in (splits.train, splits.val)]
     if shapes[0] != shapes[1]:

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -155,6 +157,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(
             f"{path} is not a whole safetensors file ({error}); delete it"
         ) from None
+
+
+def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """An array in a new .npy file, mapped into memory; OSError where the disk is full."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:  # a disk that fills up later ends a mapping by SIGBUS
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _jsonable(value: Any) -> Any:

@@ -181,6 +181,7 @@ def test_data_may_be_arrays_tensors_or_pairs() -> None:
         ({"students": {}}, ConfigError, "name a student"),
         ({"stitch": {"sweep": {"points": 3}}}, ConfigError, r"stitch\.sweep: give limits by"),
         ({"finetune": {"baselines": ["scratch"]}}, ConfigError, "only `pbkd run` trains"),
+        ({"finetune": {"teachers": "cached"}}, ConfigError, "only `pbkd run` keeps labels"),
         ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, ConfigError, "expected 1 values each"),
         ({"model": two_outputs(3, 1)}, TeacherError, "gives tuple in training mode"),
         ({"blocks": BlocksConfig(select="residual")}, BlockError, "matches nothing in Odd"),

@@ -261,8 +261,22 @@ class StitchConfig(Section):
 
 
 class FinetuneConfig(DistillationConfig):
-    """End-to-end distillation of a stitched student, and its baselines."""
+    """End-to-end distillation of a stitched student, and its baselines.
 
+    With ``teachers: cached`` the teacher labels ``views`` views of the training images once, for
+    all students; epoch e shows view e mod ``views``.
+    """
+
+    teachers: Literal["inline", "cached"] = Field(
+        "inline", description="inline: the teacher runs at every step; cached: its logits are kept"
+    )
+    views: int = Field(8, ge=1, description="augmented views of the images, if `cached`")
+    top_labels: int | None = Field(
+        None,
+        ge=1,
+        description="logits that are kept of an image, if `cached`, the largest; the rest of the "
+        "distribution is spread over the other classes; null: all",
+    )
     baselines: tuple[Literal["scratch", "distill"], ...] = Field(
         (),
         description="for each student the same architecture with random weights, trained for as "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -31,11 +32,13 @@ class Batch:
         rows: (B,) int64, positions in the split, on the CPU.
         images_nchw: (B, C, H, W) float32 in [0, 1], in channels-last strides.
         labels_n: (B,) int64.
+        view: of the images; None: without augmentation.
     """
 
     rows: Tensor
     images_nchw: Tensor
     labels_n: Tensor
+    view: int | None = None
 
 
 class Stream:
@@ -100,12 +103,12 @@ class Stream:
         for start in range(0, len(order) - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
 
-    def epoch(self, epoch: int, batch_size: int) -> Iterator[Batch]:
-        """Shuffled, augmented batches of one epoch."""
+    def epoch(self, epoch: int, batch_size: int, skip: int = 0) -> Iterator[Batch]:
+        """Shuffled, augmented batches of one epoch, without the first ``skip``."""
         view = self.view_of(epoch)
         shifts, flips = self._draw(view)
-        for rows in self.rows(epoch, batch_size):
-            yield self._batch(rows, shifts, flips)
+        for rows in islice(self.rows(epoch, batch_size), skip, None):
+            yield self._batch(rows, shifts, flips, view)
 
     def view(self, view: int, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32: the given rows in the given view."""
@@ -133,7 +136,9 @@ class Stream:
             flips = torch.randint(2, (len(self),), generator=generator).bool()
         return shifts, flips
 
-    def _batch(self, rows: Tensor, shifts: Tensor | None, flips: Tensor | None) -> Batch:
+    def _batch(
+        self, rows: Tensor, shifts: Tensor | None, flips: Tensor | None, view: int | None = None
+    ) -> Batch:
         on_device = rows.to(self.device)
         if self._on_device:
             images = self._images[on_device]
@@ -145,7 +150,7 @@ class Stream:
             mirrored = flips[rows].to(self.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         images = in_channels_last(images, torch.float32).div_(255)
-        return Batch(rows, images, self._labels[on_device])
+        return Batch(rows, images, self._labels[on_device], view)
 
 
 def _fits(split: Split, device: torch.device) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pbkd.artifacts import (
     atomic_path,
     digest_of,
     file_digest,
+    new_array,
     read_json,
     write_json,
 )
@@ -182,11 +182,7 @@ def _decode(
     places: list[Place | None] = [None] * len(listing)
     wanted = np.zeros(len(listing), bool)
     for name, own in rows.items():
-        array = np.lib.format.open_memmap(
-            folder / _images(name), mode="w+", dtype=np.uint8, shape=(len(own), *shape)
-        )
-        with (folder / _images(name)).open("r+b") as file:  # a full disk ends a mapping by SIGBUS
-            os.posix_fallocate(file.fileno(), 0, (folder / _images(name)).stat().st_size)
+        array = new_array(folder / _images(name), np.uint8, (len(own), *shape))
         for row, index in enumerate(own.tolist()):
             places[index] = Place(array, row)
         wanted[own] = True

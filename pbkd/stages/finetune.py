@@ -1,7 +1,7 @@
 """Stage `finetune`: one end-to-end distillation per student, then its baselines.
 
-The students' jobs come first (``start``), their baselines' after them (``start_baselines``): a
-baseline gets the seconds that its student took.
+Where labels are kept, they come first (``label_jobs``); then the students' jobs (``start``), and
+their baselines' after them (``start_baselines``), with the seconds that each student took.
 """
 
 from __future__ import annotations
@@ -16,14 +16,25 @@ from pbkd.config import FinetuneConfig
 from pbkd.data import load_prepared
 from pbkd.devices import best_device
 from pbkd.errors import disk_errors_explained
-from pbkd.models import ModelCard, load_teacher, read_card, save_model
+from pbkd.models import Classifier, ModelCard, load_teacher, read_card, save_model
 from pbkd.stages.baselines import BASELINES, BaselineJob, baseline_job, run_baseline
 from pbkd.stages.context import StageContext, student_folders, subfolders
+from pbkd.stages.labels import LABELS, LabelJob, label_jobs, labels_s, run_labels
 from pbkd.stages.student_job import FINETUNED, HISTORY, RESULT, FinetuneJob
 from pbkd.stages.teacher import read_teacher_card
 from pbkd.students import finetune, load_model
+from pbkd.students.soft_labels import SoftLabels
 
-__all__ = ["finish", "run", "run_baseline", "run_finetune", "start", "start_baselines"]
+__all__ = [
+    "finish",
+    "run",
+    "run_baseline",
+    "run_finetune",
+    "run_labels",
+    "start",
+    "start_baselines",
+    "start_labels",
+]
 
 ALGORITHM = 2
 """Raised whenever the same settings would give other weights."""
@@ -34,6 +45,8 @@ _BASELINE = "baseline-"
 def run(context: StageContext) -> None:
     """Write ``artifacts/finetune/STUDENT/``: model, history, ``finetune.json``, baselines."""
     jobs = start(context)
+    for labels in start_labels(context, jobs):
+        run_labels(labels)
     for job in jobs:
         run_finetune(job)
     baselines = start_baselines(context, jobs)
@@ -54,7 +67,15 @@ def start(context: StageContext) -> list[FinetuneJob]:
     names: dict[str, list[Path]] = {}
     for source in student_folders(workspace, "stitch"):
         names.setdefault(_key(context, read_card(source), teacher), []).append(source)
-    return [_job(context, key, sources) for key, sources in names.items()]
+    return [_job(context, key, sources, teacher) for key, sources in names.items()]
+
+
+def start_labels(context: StageContext, jobs: Sequence[FinetuneJob]) -> list[LabelJob]:
+    """The jobs that must run before the students' that the store lacks."""
+    store = context.workspace.store
+    wanted = {key for job in jobs if not store.has(FINETUNED, job.key) for key in job.labels}
+    teacher, _ = read_teacher_card(context.workspace)
+    return [job for job in label_jobs(context, teacher) if job.key in wanted]
 
 
 def _config(context: StageContext, student: ModelCard) -> FinetuneConfig:
@@ -74,26 +95,33 @@ def run_finetune(job: FinetuneJob) -> None:
         return
     job.progress.mkdir(parents=True, exist_ok=True)
     with disk_errors_explained():
-        teacher, _ = load_teacher(job.teacher, allow_code=True)
         student, card = load_model(job.student, allow_code=True)
-        prepared = load_prepared(job.prepared)
+        labels = [store.path(LABELS, key) for key in job.labels]
         result = finetune(
             student.to(best_device()),
-            teacher.to(best_device()),
-            *job.streams(card, prepared),
+            _teacher(job, labels, len(card.class_names)),
+            *job.streams(card, load_prepared(job.prepared), views=len(labels) or None),
             job.config,
             job.history,
             job.checkpoint,
             job.heartbeat.touch,
         )
+        duration_s = result.duration_s + labels_s(labels)
 
         def write(folder: Path) -> None:
             save_model(folder, student.cpu(), card)
             (folder / HISTORY).write_bytes(job.history.read_bytes())
-            write_json(folder / RESULT, result)
+            write_json(folder / RESULT, result.model_copy(update={"duration_s": duration_s}))
 
         store.put(FINETUNED, job.key, write)
     job.checkpoint.unlink(missing_ok=True)
+
+
+def _teacher(job: FinetuneJob, labels: Sequence[Path], num_classes: int) -> Classifier | SoftLabels:
+    if labels:
+        return SoftLabels(labels, num_classes, job.config.temperature, best_device())
+    teacher, _ = load_teacher(job.teacher, allow_code=True)
+    return teacher.to(best_device())
 
 
 def start_baselines(context: StageContext, jobs: Sequence[FinetuneJob]) -> list[BaselineJob]:
@@ -131,15 +159,19 @@ def finish(
                 link_tree(item, folder / name / f"{_BASELINE}{baseline.kind}")
 
 
-def _job(context: StageContext, key: str, sources: Sequence[Path]) -> FinetuneJob:
-    workspace = context.workspace
+def _job(
+    context: StageContext, key: str, sources: Sequence[Path], teacher: ModelCard
+) -> FinetuneJob:
+    workspace, config = context.workspace, _config(context, read_card(sources[0]))
+    labels = label_jobs(context, teacher) if config.epochs else []
     return FinetuneJob(
         key=key,
+        labels=tuple(label.key for label in labels),
         names=tuple(source.name for source in sources),
         student=sources[0],
         teacher=workspace.artifacts("teacher"),
         prepared=workspace.prepared,
-        config=_config(context, read_card(sources[0])),
+        config=config,
         seed=context.params.seed,
         store=workspace.store.root,
         progress=workspace.state / "progress",
@@ -148,12 +180,14 @@ def _job(context: StageContext, key: str, sources: Sequence[Path]) -> FinetuneJo
 
 
 def _key(context: StageContext, student: ModelCard, teacher: ModelCard) -> str:
+    config = _config(context, student)
+    idle = {"views", "top_labels"} if config.teachers == "inline" else set()
     return digest_of(
         {
             "algorithm": ALGORITHM,
             "student": student.digest,  # covers data and augmentation
             "teacher": teacher.digest,
-            "config": _config(context, student).model_dump(mode="json", exclude={"baselines"}),
+            "config": config.model_dump(mode="json", exclude={"baselines", *idle}),
             "seed": context.params.seed,
         }
     )

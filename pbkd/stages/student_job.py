@@ -47,10 +47,18 @@ class StudentJob(BaseModel):
         """JSON lines that grow epoch by epoch."""
         return self.progress / f"{self.key}.jsonl"
 
-    def streams(self, card: ModelCard, prepared: Prepared) -> tuple[Stream, Stream]:
-        """Training and validation images on this process's device."""
+    def streams(
+        self, card: ModelCard, prepared: Prepared, views: int | None = None
+    ) -> tuple[Stream, Stream]:
+        """Training and validation images on this process's device; ``views``: see ``Stream``."""
         train, val = (
-            Stream(prepared.split(name), seed=self.seed, augment=card.augment, device=best_device())
+            Stream(
+                prepared.split(name),
+                seed=self.seed,
+                augment=card.augment,
+                views=views,
+                device=best_device(),
+            )
             for name in ("train", "val")
         )
         return train, val
@@ -62,7 +70,10 @@ class FinetuneJob(StudentJob):
     Attributes:
         names: the students that it makes; several where equal models were stitched.
         student: a folder of the stage `stitch`.
+        labels: keys of the store's items with the teacher's labels of view 0, 1, ...; none where
+            the teacher itself is asked.
     """
 
     names: tuple[str, ...]
     student: Path
+    labels: tuple[str, ...] = ()

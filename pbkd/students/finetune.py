@@ -18,6 +18,7 @@ from pbkd.models import Classifier, Recipe
 from pbkd.models.guard import Guard
 from pbkd.models.run import Loss
 from pbkd.models.training import fit_guarded
+from pbkd.students.soft_labels import SoftLabels
 
 
 class Finetuned(BaseModel):
@@ -28,7 +29,8 @@ class Finetuned(BaseModel):
         epochs: finished ones, those of diverging attempts included.
         stopped: all epochs done, no better accuracy, or no restart left.
         restarts: how often it began again at a quarter of the rate.
-        duration_s: of the training and its validation, on its device.
+        duration_s: of the training and its validation, on its device; of kept labels that it read
+            the labelling, too, though others may have read them as well.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,7 +44,7 @@ class Finetuned(BaseModel):
 
 def finetune(
     student: Classifier,
-    teacher: Classifier,
+    teacher: Classifier | SoftLabels,
     train: Stream,
     val: Stream,
     config: FinetuneConfig,
@@ -56,6 +58,7 @@ def finetune(
     or begins again.
 
     Args:
+        teacher: on the student's device, or its kept labels for the views of ``train``.
         history: file of JSON lines, one per epoch.
         checkpoint: file to go on from; see ``fit``.
         after_step: called after each step, as a sign of life.
@@ -77,15 +80,24 @@ def finetune(
     return Finetuned(**vars(fitted))
 
 
-def distilling(teacher: Classifier, config: DistillationConfig) -> Loss:
+def distilling(teacher: Classifier | SoftLabels, config: DistillationConfig) -> Loss:
     """The loss of distillation from a teacher's logits and, by their share, from labels."""
-    teacher.eval()
+    ask = teacher if isinstance(teacher, SoftLabels) else _asking(teacher)
 
     def loss(batch: Batch, logits_nk: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits_nk = teacher(batch.images_nchw)
-        soft = distillation_loss(logits_nk, teacher_logits_nk, config.temperature)
+        soft = distillation_loss(logits_nk, ask(batch), config.temperature)
         hard = F.cross_entropy(logits_nk, batch.labels_n)
         return (1 - config.label_weight) * soft + config.label_weight * hard
 
     return loss
+
+
+def _asking(teacher: Classifier) -> Callable[[Batch], Tensor]:
+    teacher.eval()
+
+    @torch.no_grad()
+    def ask(batch: Batch) -> Tensor:
+        logits_nk: Tensor = teacher(batch.images_nchw)
+        return logits_nk
+
+    return ask

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pbkd.artifacts import Workspace, load_tensors, read_json
-from pbkd.models import read_card
+from pbkd.models import read_card, save_model
 from pbkd.stages import StageContext, finetune
 from pbkd.stages.device_time import block_phase_s, covered_s, student_device_s
+from pbkd.students import load_model
 
 KINDS = ("scratch", "distill")
 
@@ -149,3 +150,72 @@ def test_the_jobs_of_a_block_phase_count_by_their_own_seconds(finished: Workspac
         json.dumps({**phase, "energy_j": None, "jobs": jobs})
     )
     assert block_phase_s(finished) == pytest.approx(100.0 + covered_s(spans))
+
+
+CACHED = "finetune: {teachers: cached, views: 2, epochs: 3}"
+
+
+def cached(workspace: Workspace, text: str = CACHED) -> StageContext:
+    workspace.params.write_text(workspace.params.read_text().replace("finetune: {epochs: 1}", text))
+    return StageContext.load(workspace)
+
+
+def labels(workspace: Workspace) -> dict[str, int]:
+    """Key of each item of labels to the time of its last change."""
+    folders = (workspace.store.root / "labels").glob("*")
+    return {folder.name: folder.stat().st_mtime_ns for folder in folders}
+
+
+def test_kept_labels_are_made_once_and_read_by_all(finished: Workspace) -> None:
+    (source,) = finished.artifacts("stitch").iterdir()
+    other = source.with_name("other")
+    shutil.copytree(source, other)
+    model, card = load_model(other)
+    with torch.no_grad():
+        model.net.classifier.bias.add_(0.01)
+    save_model(other, model, card)
+    finetune.run(cached(finished))
+    before = labels(finished)
+    assert len(before) == 2  # views, for two students
+    assert [len((f / "history.jsonl").read_text().splitlines()) for f in students(finished)] == [
+        3,
+        3,
+    ]
+    # other settings of the student, other students, more epochs: no view is labelled again
+    text = finished.params.read_text()
+    finished.params.write_text(text.replace("epochs: 3}", "epochs: 4, lr: 0.01}"))
+    finetune.run(StageContext.load(finished))
+    assert labels(finished) == before
+    finished.params.write_text(text.replace("views: 2", "views: 3"))
+    finetune.run(StageContext.load(finished))
+    assert labels(finished).items() > before.items()
+    assert len(labels(finished)) == 3
+
+
+def test_where_students_are_there_nothing_is_labelled(finished: Workspace) -> None:
+    finetune.run(cached(finished))
+    shutil.rmtree(finished.store.root / "labels")
+    finetune.run(StageContext.load(finished))
+    assert labels(finished) == {}
+
+
+def test_no_view_is_labelled_that_is_not_shown(finished: Workspace) -> None:
+    finetune.run(cached(finished, "finetune: {teachers: cached, views: 8, epochs: 1}"))
+    assert len(labels(finished)) == 1
+
+
+def test_the_labelling_counts_as_the_students_time(finished: Workspace) -> None:
+    finetune.run(cached(finished))
+    (folder,) = students(finished)
+    records = [read_json(path) for path in finished.store.root.glob("labels/*/labels.json")]
+    labelling_s = sum(record["duration_s"] for record in records)
+    assert read_json(folder / "finetune.json")["duration_s"] > labelling_s > 0
+
+
+def test_settings_of_kept_labels_change_nothing_where_none_are_kept(finished: Workspace) -> None:
+    trained(finished)
+    text = finished.params.read_text()
+    finished.params.write_text(text.replace("finetune: {", "finetune: {views: 3, top_labels: 2, "))
+    finetune.run(StageContext.load(finished))
+    assert trained(finished) == []
+    assert labels(finished) == {}
