@@ -27,7 +27,7 @@ from pbkd.data.batches import Batch
 from pbkd.models import Classifier, NetworkSpec, Recipe, build_network
 from pbkd.models.run import Loss, Run
 from pbkd.students.finetune import distilling
-from pbkd.students.soft_labels import SoftLabels, write_labels
+from pbkd.elastic.soft_labels import SoftLabels, write_labels
 
 _CLASSES, _PIXELS, _BATCH = 10, 32, 64
 _STUDENT_WIDTH = 0.1**0.5

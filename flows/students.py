@@ -9,12 +9,14 @@ from typing import Protocol, TypeVar
 
 from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
+from pbkd.elastic.soft_labels import LABELS
 from pbkd.errors import disk_errors_explained
+from pbkd.settings import Settings
 from pbkd.shrink import SHRUNK
 from pbkd.stages import StageContext, finetune, shrink, stitch
 from pbkd.stages.baselines import BASELINES
 from pbkd.stages.context import recorded
-from pbkd.stages.labels import LABELS
+from pbkd.stages.labels import teachers_of
 from pbkd.stages.repair_job import REPAIRED
 from pbkd.stages.student_job import FINETUNED
 
@@ -83,7 +85,8 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
         jobs = whole.run(finetune.start, context)
         pools = _Pools(context, whole, workers)
         pools.run(finetune.run_labels, LABELS, finetune.start_labels(context, jobs))
-        pools.run(finetune.run_finetune, FINETUNED, jobs)
+        with teachers_of(context, jobs, Settings.from_env()) as ready:
+            pools.run(finetune.run_finetune, FINETUNED, ready)
         baselines = finetune.start_baselines(context, jobs)
         pools.run(finetune.run_baseline, BASELINES, baselines)
         finetune.finish(context, jobs, baselines)

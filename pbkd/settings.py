@@ -22,6 +22,11 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to compute; auto takes the GPUs if there are any"
     )
+    runner: Literal["slots", "ray"] = Field(
+        "slots",
+        description="who runs the workers: processes of this machine, or the Ray cluster that "
+        "RAY_ADDRESS names (without it, Ray on this machine)",
+    )
     workers: int = Field(
         0, ge=0, description="slots of the worker pool; 0: one per GPU, else one per CPU core"
     )
@@ -34,6 +39,12 @@ class Settings(BaseModel):
         600.0, gt=0, description="a job without a sign of life for this long is killed, in seconds"
     )
     retries: int = Field(2, ge=0, description="times that a failed job is tried again")
+    min_teachers: int = Field(1, ge=0, description="elastic teachers that are kept on Ray")
+    max_teachers: int = Field(4, ge=1, description="elastic teachers on Ray at the same time")
+    teacher_gpus: float = Field(0.0, ge=0, description="GPUs of an elastic teacher, or a share")
+    teacher_deadline_s: float = Field(
+        60.0, gt=0, description="a student goes on without elastic teachers after so many seconds"
+    )
     state_dir: Path | None = Field(
         None, description="state folder; default: .pbkd beside the DVC root"
     )

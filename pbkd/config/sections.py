@@ -263,19 +263,26 @@ class StitchConfig(Section):
 class FinetuneConfig(DistillationConfig):
     """End-to-end distillation of a stitched student, and its baselines.
 
-    With ``teachers: cached`` the teacher labels ``views`` views of the training images once, for
+    Unless ``teachers: inline``, the teacher labels ``views`` views of the training images once, for
     all students; epoch e shows view e mod ``views``.
     """
 
-    teachers: Literal["inline", "cached"] = Field(
-        "inline", description="inline: the teacher runs at every step; cached: its logits are kept"
+    teachers: Literal["inline", "cached", "elastic"] = Field(
+        "inline",
+        description="inline: the teacher runs at every step; cached: its logits are kept, view by "
+        "view; elastic: they are kept, and come from teachers on Ray while students train",
     )
-    views: int = Field(8, ge=1, description="augmented views of the images, if `cached`")
+    views: int = Field(8, ge=1, description="augmented views of the images, unless `inline`")
     top_labels: int | None = Field(
         None,
         ge=1,
-        description="logits that are kept of an image, if `cached`, the largest; the rest of the "
-        "distribution is spread over the other classes; null: all",
+        description="logits that are kept of an image, unless `inline`, the largest; the rest of "
+        "the distribution is spread over the other classes; null: all",
+    )
+    without_teachers: Literal["fail", "labels"] = Field(
+        "fail",
+        description="if `elastic`, and no label came for PBKD_TEACHER_DEADLINE_S: end with an "
+        "error, or go on with true labels alone until teachers come",
     )
     baselines: tuple[Literal["scratch", "distill"], ...] = Field(
         (),

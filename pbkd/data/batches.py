@@ -8,7 +8,7 @@ Shapes: B images per batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -49,7 +49,7 @@ class Stream:
             else batch by batch. On the CPU they stay where they are: memory-mapped.
         seed: of order and augmentation.
         augment: applied to ``epoch``; never to ``in_order``.
-        views: epoch e shows view ``e mod views``; None: a new view every epoch.
+        views: epoch e shows view ``e mod views``; None: a new view every epoch; or a function of e.
         chunk: images that stay together when the order is shuffled (a shard of the cache);
             None: all.
         device: where the batches are made.
@@ -61,7 +61,7 @@ class Stream:
         *,
         seed: int,
         augment: AugmentConfig,
-        views: int | None = None,
+        views: int | Callable[[int], int] | None = None,
         chunk: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -83,6 +83,8 @@ class Stream:
 
     def view_of(self, epoch: int) -> int:
         """The view that an epoch shows."""
+        if callable(self.views):
+            return self.views(epoch)
         return epoch if self.views is None else epoch % self.views
 
     def order(self, epoch: int) -> Tensor:

@@ -13,17 +13,20 @@ from tempfile import TemporaryDirectory
 
 from pbkd.artifacts import Store, Workspace, atomic_dir, digest_of, link_tree, write_json
 from pbkd.config import FinetuneConfig
-from pbkd.data import load_prepared
+from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
+from pbkd.elastic.pool import RayBoard
+from pbkd.elastic.soft_labels import LABELS, SoftLabels
+from pbkd.elastic.stream import LabelStream
 from pbkd.errors import disk_errors_explained
 from pbkd.models import Classifier, ModelCard, load_teacher, read_card, save_model
+from pbkd.settings import Settings
 from pbkd.stages.baselines import BASELINES, BaselineJob, baseline_job, run_baseline
 from pbkd.stages.context import StageContext, student_folders, subfolders
-from pbkd.stages.labels import LABELS, LabelJob, label_jobs, labels_s, run_labels
+from pbkd.stages.labels import LabelJob, label_jobs, label_plan, labels_s, run_labels, teachers_of
 from pbkd.stages.student_job import FINETUNED, HISTORY, RESULT, FinetuneJob
 from pbkd.stages.teacher import read_teacher_card
 from pbkd.students import finetune, load_model
-from pbkd.students.soft_labels import SoftLabels
 
 __all__ = [
     "finish",
@@ -40,6 +43,12 @@ ALGORITHM = 2
 """Raised whenever the same settings would give other weights."""
 
 _BASELINE = "baseline-"
+_IDLE: dict[str, set[str]] = {
+    "inline": {"views", "top_labels", "without_teachers"},
+    "cached": {"without_teachers"},
+    "elastic": set(),
+}
+"""Settings that change nothing."""
 
 
 def run(context: StageContext) -> None:
@@ -47,8 +56,9 @@ def run(context: StageContext) -> None:
     jobs = start(context)
     for labels in start_labels(context, jobs):
         run_labels(labels)
-    for job in jobs:
-        run_finetune(job)
+    with teachers_of(context, jobs, Settings.from_env()) as ready:
+        for job in ready:
+            run_finetune(job)
     baselines = start_baselines(context, jobs)
     for baseline in baselines:
         run_baseline(baseline)
@@ -72,6 +82,8 @@ def start(context: StageContext) -> list[FinetuneJob]:
 
 def start_labels(context: StageContext, jobs: Sequence[FinetuneJob]) -> list[LabelJob]:
     """The jobs that must run before the students' that the store lacks."""
+    if context.params.finetune.teachers != "cached":
+        return []
     store = context.workspace.store
     wanted = {key for job in jobs if not store.has(FINETUNED, job.key) for key in job.labels}
     teacher, _ = read_teacher_card(context.workspace)
@@ -96,17 +108,26 @@ def run_finetune(job: FinetuneJob) -> None:
     job.progress.mkdir(parents=True, exist_ok=True)
     with disk_errors_explained():
         student, card = load_model(job.student, allow_code=True)
-        labels = [store.path(LABELS, key) for key in job.labels]
+        prepared = load_prepared(job.prepared)
+        train, val = job.streams(card, prepared, views=len(job.labels) or None)
+        teacher = _teacher(job, train, len(card.class_names))
+        if isinstance(teacher, LabelStream):
+            train.views = teacher.view_of
         result = finetune(
             student.to(best_device()),
-            _teacher(job, labels, len(card.class_names)),
-            *job.streams(card, load_prepared(job.prepared), views=len(labels) or None),
+            teacher,
+            train,
+            val,
             job.config,
             job.history,
             job.checkpoint,
             job.heartbeat.touch,
         )
-        duration_s = result.duration_s + labels_s(labels)
+        if isinstance(teacher, LabelStream):
+            teacher.close()
+            result = result.model_copy(update={"num_lacking": teacher.num_lacking})
+        kept = [store.path(LABELS, key) for key in job.labels if store.has(LABELS, key)]
+        duration_s = result.duration_s + labels_s(kept)
 
         def write(folder: Path) -> None:
             save_model(folder, student.cpu(), card)
@@ -117,9 +138,22 @@ def run_finetune(job: FinetuneJob) -> None:
     job.checkpoint.unlink(missing_ok=True)
 
 
-def _teacher(job: FinetuneJob, labels: Sequence[Path], num_classes: int) -> Classifier | SoftLabels:
-    if labels:
-        return SoftLabels(labels, num_classes, job.config.temperature, best_device())
+def _teacher(
+    job: FinetuneJob, train: Stream, num_classes: int
+) -> Classifier | SoftLabels | LabelStream:
+    if job.board:
+        return LabelStream(
+            label_plan(job),
+            RayBoard(job.board, job.address),
+            job.key,
+            train,
+            num_classes,
+            job.deadline_s,
+            may_lack=job.config.without_teachers == "labels",
+        )
+    if job.labels:
+        folders = [Store(job.store).path(LABELS, key) for key in job.labels]
+        return SoftLabels(folders, num_classes, job.config.temperature, best_device())
     teacher, _ = load_teacher(job.teacher, allow_code=True)
     return teacher.to(best_device())
 
@@ -181,7 +215,7 @@ def _job(
 
 def _key(context: StageContext, student: ModelCard, teacher: ModelCard) -> str:
     config = _config(context, student)
-    idle = {"views", "top_labels"} if config.teachers == "inline" else set()
+    idle = _IDLE[config.teachers]
     return digest_of(
         {
             "algorithm": ALGORITHM,

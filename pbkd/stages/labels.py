@@ -1,9 +1,10 @@
-"""The kept labels' part of the stage `finetune`: a job per view, items of the store."""
+"""The labels' part of the stage `finetune`: kept ones, a job per view, and elastic teachers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -11,14 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from pbkd.artifacts import Store, read_json, write_json
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
+from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.pool import PoolSize, TeacherPool
+from pbkd.elastic.soft_labels import LABELS, RECORD, labels_key, write_labels
+from pbkd.elastic.status import FILE
 from pbkd.errors import disk_errors_explained
 from pbkd.models import ModelCard, load_teacher
+from pbkd.settings import Settings
 from pbkd.stages.context import StageContext
-from pbkd.students.soft_labels import labels_key, write_labels
-
-LABELS = "labels"
-"""Kind of the store's items."""
-_RECORD = "labels.json"
+from pbkd.stages.student_job import FINETUNED, FinetuneJob
 
 
 class LabelJob(BaseModel):
@@ -43,7 +45,7 @@ class LabelJob(BaseModel):
 
 
 def label_jobs(context: StageContext, teacher: ModelCard) -> list[LabelJob]:
-    """A job for every view that fine-tuning will show; none where the teacher runs inline."""
+    """One for every view that fine-tuning will show; none where the teacher runs inline."""
     config, workspace, seed = context.params.finetune, context.workspace, context.params.seed
     if config.teachers == "inline":
         return []
@@ -90,11 +92,59 @@ def run_labels(job: LabelJob) -> None:
                 job.temperature,
                 job.heartbeat.touch,
             )
-            write_json(folder / _RECORD, {"duration_s": time.perf_counter() - began_s})
+            write_json(folder / RECORD, {"duration_s": time.perf_counter() - began_s})
 
         store.put(LABELS, job.key, write)
 
 
 def labels_s(folders: Sequence[Path]) -> float:
     """Device seconds that the labelling of some views took."""
-    return sum(float(read_json(folder / _RECORD)["duration_s"]) for folder in folders)
+    return sum(float(read_json(folder / RECORD)["duration_s"]) for folder in folders)
+
+
+@contextmanager
+def teachers_of(
+    context: StageContext, jobs: Sequence[FinetuneJob], settings: Settings
+) -> Iterator[list[FinetuneJob]]:
+    """Elastic teachers for the jobs that the store lacks; yields all jobs with the way to them.
+
+    None are started where the store holds all labels, or another kind of teachers is asked for.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    store = context.workspace.store
+    left = [job for job in jobs if not store.has(FINETUNED, job.key)]
+    keys = max((job.labels for job in left), key=len, default=())
+    is_elastic = context.params.finetune.teachers == "elastic"
+    if not is_elastic or all(store.has(LABELS, key) for key in keys):
+        yield list(jobs)
+        return
+    plan = label_plan(max(left, key=lambda job: len(job.labels)))
+    size = PoolSize(
+        min_teachers=settings.min_teachers,
+        max_teachers=max(settings.min_teachers, settings.max_teachers),
+        gpus=settings.teacher_gpus,
+    )
+    with TeacherPool(plan, size, context.workspace.state / FILE) as pool:
+        way = {
+            "board": pool.board,
+            "address": pool.address,
+            "deadline_s": settings.teacher_deadline_s,
+        }
+        yield [job.model_copy(update=way) for job in jobs]
+
+
+def label_plan(job: FinetuneJob) -> LabelPlan:
+    """What elastic teachers label for a student; equal for all students of a run."""
+    return LabelPlan(
+        keys=job.labels,
+        teacher=job.teacher,
+        prepared=job.prepared,
+        seed=job.seed,
+        top=job.config.top_labels,
+        temperature=job.config.temperature,
+        store=job.store,
+        folder=job.store.parent / LABELS,
+        num_images=len(load_prepared(job.prepared).split("train")),
+    )

@@ -72,8 +72,14 @@ class FinetuneJob(StudentJob):
         student: a folder of the stage `stitch`.
         labels: keys of the store's items with the teacher's labels of view 0, 1, ...; none where
             the teacher itself is asked.
+        board: name of the board of elastic teachers; empty: all labels are in the store.
+        address: of their cluster.
+        deadline_s: how long no label may come.
     """
 
     names: tuple[str, ...]
     student: Path
     labels: tuple[str, ...] = ()
+    board: str = ""
+    address: str = ""
+    deadline_s: float = 0.0

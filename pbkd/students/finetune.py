@@ -14,11 +14,15 @@ from torch.nn import functional as F
 from pbkd.config import DistillationConfig, FinetuneConfig
 from pbkd.data.batches import Batch, Stream
 from pbkd.distill import distillation_loss
+from pbkd.elastic.soft_labels import SoftLabels
+from pbkd.elastic.stream import LabelStream
 from pbkd.models import Classifier, Recipe
 from pbkd.models.guard import Guard
 from pbkd.models.run import Loss
 from pbkd.models.training import fit_guarded
-from pbkd.students.soft_labels import SoftLabels
+
+Teacher = Classifier | SoftLabels | LabelStream
+"""Whom a student asks: the model itself, its kept labels, or elastic teachers."""
 
 
 class Finetuned(BaseModel):
@@ -31,6 +35,7 @@ class Finetuned(BaseModel):
         restarts: how often it began again at a quarter of the rate.
         duration_s: of the training and its validation, on its device; of kept labels that it read
             the labelling, too, though others may have read them as well.
+        num_lacking: images that it saw without a label of the teacher, as elastic ones were gone.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,11 +45,12 @@ class Finetuned(BaseModel):
     stopped: Literal["epochs", "plateau", "diverged"]
     restarts: int
     duration_s: float
+    num_lacking: int = 0
 
 
 def finetune(
     student: Classifier,
-    teacher: Classifier | SoftLabels,
+    teacher: Teacher,
     train: Stream,
     val: Stream,
     config: FinetuneConfig,
@@ -80,13 +86,16 @@ def finetune(
     return Finetuned(**vars(fitted))
 
 
-def distilling(teacher: Classifier | SoftLabels, config: DistillationConfig) -> Loss:
+def distilling(teacher: Teacher, config: DistillationConfig) -> Loss:
     """The loss of distillation from a teacher's logits and, by their share, from labels."""
-    ask = teacher if isinstance(teacher, SoftLabels) else _asking(teacher)
+    ask = _asking(teacher) if isinstance(teacher, Classifier) else teacher
 
     def loss(batch: Batch, logits_nk: Tensor) -> Tensor:
-        soft = distillation_loss(logits_nk, ask(batch), config.temperature)
         hard = F.cross_entropy(logits_nk, batch.labels_n)
+        teacher_logits_nk = ask(batch)
+        if teacher_logits_nk is None:
+            return hard
+        soft = distillation_loss(logits_nk, teacher_logits_nk, config.temperature)
         return (1 - config.label_weight) * soft + config.label_weight * hard
 
     return loss

@@ -12,9 +12,9 @@ from torch import nn
 
 from pbkd.config import AugmentConfig, FinetuneConfig
 from pbkd.data import Stream
+from pbkd.elastic.soft_labels import SoftLabels, labels_key, write_labels
 from pbkd.models import Classifier, ModelCard, NetworkSpec
 from pbkd.students import finetune
-from pbkd.students.soft_labels import SoftLabels, labels_key, write_labels
 from pbkd.testing import random_split
 
 IMAGES, CLASSES, T = 300, 7, 3.0
@@ -110,7 +110,7 @@ def test_a_large_view_is_read_batch_by_batch(
     soft = labels(tmp_path, network())
     batch = next(stream(views=2).epoch(0, 50))
     expected = soft(batch)
-    monkeypatch.setattr("pbkd.students.soft_labels._ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr("pbkd.elastic.soft_labels._ON_DEVICE_BYTES", 0)
     again = SoftLabels([tmp_path / "0", tmp_path / "1"], CLASSES, T, "cpu")
     assert torch.equal(again(batch), expected)
 

@@ -24,6 +24,10 @@ from pbkd.models import Classifier, ModelCard
 ALGORITHM = 1
 """Raised whenever the same settings would give other labels."""
 
+LABELS = "labels"
+"""Kind of the store's items."""
+RECORD = "labels.json"
+
 _BATCH = 256
 _LARGEST = float(np.finfo(np.float16).max)
 _ON_DEVICE_BYTES = 1 << 30
@@ -73,7 +77,7 @@ def write_labels(
         rows = torch.arange(start, min(start + _BATCH, len(train)))
         with torch.no_grad():
             logits_nk = teacher(train.view(view, rows)).float()
-        kept = _kept(logits_nk, top, temperature)
+        kept = kept_of(logits_nk, top, temperature)
         if not files:
             files = {
                 name: new_array(
@@ -121,7 +125,7 @@ class SoftLabels:
             name: values[batch.rows.to(values.device)].to(self._device)
             for name, values in self._files.items()
         }
-        return _logits(kept, self._num_classes, self._temperature)
+        return logits_of(kept, self._num_classes, self._temperature)
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         arrays = {
@@ -134,8 +138,10 @@ class SoftLabels:
         return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
 
-def _kept(logits_nk: Tensor, top: int | None, temperature: float) -> dict[str, NDArray[np.generic]]:
-    """What is written of some images."""
+def kept_of(
+    logits_nk: Tensor, top: int | None, temperature: float
+) -> dict[str, NDArray[np.generic]]:
+    """What is written of some images: all logits, or the ``top`` largest and their rest."""
     if top is None or top >= logits_nk.shape[1]:
         return {"logits": _half(logits_nk)}
     values, classes = logits_nk.topk(top)
@@ -150,7 +156,8 @@ def _kept(logits_nk: Tensor, top: int | None, temperature: float) -> dict[str, N
     }
 
 
-def _logits(kept: Mapping[str, Tensor], num_classes: int, temperature: float) -> Tensor:
+def logits_of(kept: Mapping[str, Tensor], num_classes: int, temperature: float) -> Tensor:
+    """(B, K) float32 logits out of what was kept of some images."""
     if "logits" in kept:
         return kept["logits"].float()
     spread = kept["rest"].float()[:, None].expand(-1, num_classes)

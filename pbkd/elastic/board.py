@@ -1,0 +1,161 @@
+"""Which chunk of images a teacher labels next: a free teacher takes what a student needs first.
+
+The board knows no clock and no network. Students say what they will read next, teachers take, and
+what is done lies in files, so that a board that is lost is made anew from its students' next words.
+
+A chunk that a teacher has taken is given to another one when that teacher leaves, and also when
+nothing else is left to do and it has been out for longer than ``patience_s``: a teacher that hangs,
+or is far slower than the others, holds nobody up. Whoever is first counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+Chunk = tuple[int, int]
+"""(view, number of the chunk in the order in which the view is first shown)."""
+
+
+_PATIENCE = 3.0
+"""Times a chunk's mean duration after which one that is out is late."""
+_SILENCE_S = 60.0
+
+
+@dataclass
+class TeacherState:
+    """A teacher as the board sees it; times are the caller's, seconds.
+
+    Attributes:
+        since_s: when it took its chunk, or began to wait.
+    """
+
+    since_s: float
+    chunk: Chunk | None = None
+    num_done: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is going on.
+
+    Attributes:
+        teachers: name to its state.
+        waiting: students that have nothing to read, to how long they have waited, in seconds.
+        num_wanted: chunks that students want and nobody has taken.
+    """
+
+    teachers: dict[str, TeacherState]
+    waiting: dict[str, float]
+    num_wanted: int
+
+
+@dataclass
+class _Student:
+    wanted: list[Chunk] = field(default_factory=list)
+    waits_since_s: float | None = None
+    heard_s: float = 0.0
+
+
+class Board:
+    """The pull rule.
+
+    Args:
+        is_done: whether a chunk's labels are there.
+        patience_s: the least ``patience_s``; chunks that take long raise it.
+    """
+
+    def __init__(self, is_done: Callable[[Chunk], bool], patience_s: float) -> None:
+        self._is_done = is_done
+        self._patience_s = patience_s
+        self._students: dict[str, _Student] = {}
+        self._teachers: dict[str, TeacherState] = {}
+
+    def want(self, student: str, chunks: Iterable[Chunk], now_s: float) -> list[Chunk]:
+        """A student will read these next, in this order; returns those that are done.
+
+        It waits while the first one is not.
+        """
+        wanted = list(chunks)
+        done = [chunk for chunk in wanted if self._is_done(chunk)]
+        state = self._students.setdefault(student, _Student())
+        state.heard_s = now_s
+        state.wanted = [chunk for chunk in wanted if chunk not in done]
+        if not wanted or wanted[0] in done:
+            state.waits_since_s = None
+        elif state.waits_since_s is None:
+            state.waits_since_s = now_s
+        return done
+
+    def leave_student(self, student: str) -> None:
+        """A student has all it wants, or is gone."""
+        self._students.pop(student, None)
+
+    def take(self, teacher: str, now_s: float) -> Chunk | None:
+        """What a free teacher is to label; None: nothing, ask again."""
+        state = self._teachers.setdefault(teacher, TeacherState(now_s))
+        if state.chunk is not None:  # it asks again: its chunk is done, or given up
+            self._free(state, now_s)
+        chunk = next(self._open(now_s), None)
+        if chunk is not None:
+            state.chunk, state.since_s = chunk, now_s
+        return chunk
+
+    def finish(self, teacher: str, now_s: float) -> None:
+        """A teacher's labels are written."""
+        state = self._teachers.get(teacher)
+        if state is None or state.chunk is None:  # a new board, or it was thought lost
+            return
+        state.num_done += 1
+        self._free(state, now_s)
+
+    def leave(self, teacher: str) -> None:
+        """A teacher is gone; what it had taken is open again."""
+        self._teachers.pop(teacher, None)
+
+    @property
+    def patience_s(self) -> float:
+        """After which an idle teacher does again what another one has not finished."""
+        num_done = sum(state.num_done for state in self._teachers.values())
+        busy_s = sum(state.busy_s for state in self._teachers.values())
+        return max(self._patience_s, _PATIENCE * busy_s / num_done if num_done else 0.0)
+
+    def stats(self, now_s: float) -> Stats:
+        """The present state; students that have died without a word are forgotten."""
+        for name, student in list(self._students.items()):
+            if now_s - student.heard_s > _SILENCE_S:
+                self.leave_student(name)
+        waiting = {
+            name: now_s - state.waits_since_s
+            for name, state in self._students.items()
+            if state.waits_since_s is not None
+        }
+        taken = {state.chunk for state in self._teachers.values()}
+        num_wanted = sum(chunk not in taken for chunk in self._wanted())
+        return Stats(dict(self._teachers), waiting, num_wanted)
+
+    def _open(self, now_s: float) -> Iterator[Chunk]:
+        """What may be taken, the most urgent first."""
+        since: dict[Chunk, float] = {}
+        for state in self._teachers.values():
+            if state.chunk is not None:
+                since[state.chunk] = max(state.since_s, since.get(state.chunk, state.since_s))
+        wanted = self._wanted()
+        yield from (chunk for chunk in wanted if chunk not in since)
+        late = [chunk for chunk in wanted if chunk in since]
+        yield from (chunk for chunk in late if now_s - since[chunk] > self.patience_s)
+
+    def _wanted(self) -> list[Chunk]:
+        """What students want and is not done, by how soon one of them reads it."""
+        places: dict[Chunk, int] = {}
+        for student in self._students.values():
+            for place, chunk in enumerate(student.wanted):
+                places[chunk] = min(place, places.get(chunk, place))
+        return [
+            chunk for chunk in sorted(places, key=places.__getitem__) if not self._is_done(chunk)
+        ]
+
+    def _free(self, state: TeacherState, now_s: float) -> None:
+        state.busy_s += now_s - state.since_s
+        state.chunk, state.since_s = None, now_s

@@ -1,0 +1,139 @@
+"""The labels of a view as they come: a file per chunk, then an item of the store.
+
+A chunk is a part of the order in which a view is shown first, so that a student can read on while
+teachers label. Files appear by one rename: what is there is whole, and whoever comes second writes
+the same again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbkd.artifacts import Store, load_tensors, new_array, save_tensors, write_json
+from pbkd.data.batches import Stream
+from pbkd.elastic.board import Chunk
+from pbkd.elastic.soft_labels import LABELS, RECORD, kept_of
+from pbkd.models import Classifier
+
+_ROWS, _SECONDS = "rows", "seconds"
+
+
+@dataclass(frozen=True)
+class LabelPlan:
+    """What is to be labelled, as plain values; paths are absolute, on a shared disk.
+
+    Attributes:
+        keys: of the store's items with the labels of view 0, 1, ...
+        folder: of the chunks that came so far.
+        num_images: of the training split.
+        chunk: images of a chunk.
+    """
+
+    keys: tuple[str, ...]
+    teacher: Path
+    prepared: Path
+    seed: int
+    top: int | None
+    temperature: float
+    store: Path
+    folder: Path
+    num_images: int
+    chunk: int = 256
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a view."""
+        return -(-self.num_images // self.chunk)
+
+    @cached_property
+    def _kept(self) -> set[int]:
+        return set()
+
+    def path(self, chunk: Chunk) -> Path:
+        """Where the labels of a chunk lie until the view is kept."""
+        view, number = chunk
+        return self.folder / self.keys[view] / f"{number:06d}.safetensors"
+
+    def is_done(self, chunk: Chunk) -> bool:
+        """Whether labels of a chunk are there, in a file of its own or in the store."""
+        return self.path(chunk).is_file() or self.is_kept(chunk[0])
+
+    def is_kept(self, view: int) -> bool:
+        """Whether a whole view is in the store."""
+        if view not in self._kept and Store(self.store).has(LABELS, self.keys[view]):
+            self._kept.add(view)
+        return view in self._kept
+
+    def rows(self, chunk: Chunk, order: Tensor) -> Tensor:
+        """(B,) images of a chunk; ``order``: that of the view's first epoch."""
+        _, number = chunk
+        return order[number * self.chunk : (number + 1) * self.chunk]
+
+
+def label_chunk(
+    plan: LabelPlan, teacher: Classifier, train: Stream, order: Tensor, chunk: Chunk
+) -> None:
+    """Write the labels of one chunk; ``teacher`` is on the stream's device.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    began_s = time.perf_counter()
+    rows = plan.rows(chunk, order)
+    with torch.no_grad():
+        logits_nk = teacher(train.view(chunk[0], rows)).float()
+    kept = kept_of(logits_nk, plan.top, plan.temperature)
+    tensors = {name: torch.from_numpy(values) for name, values in kept.items()}
+    seconds = torch.tensor(time.perf_counter() - began_s, dtype=torch.float64)
+    plan.path(chunk).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(plan.path(chunk), tensors | {_ROWS: rows, _SECONDS: seconds})
+
+
+def read_chunk(plan: LabelPlan, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images of a chunk, and what is kept of them; ArtifactError where the file is damaged."""
+    tensors = load_tensors(plan.path(chunk))
+    del tensors[_SECONDS]
+    return tensors.pop(_ROWS), tensors
+
+
+def keep_view(plan: LabelPlan, view: int) -> bool:
+    """Put a view into the store if all of its chunks are there; returns whether it is."""
+    if plan.is_kept(view):
+        return True
+    chunks = [(view, number) for number in range(plan.num_chunks)]
+    if not all(plan.path(chunk).is_file() for chunk in chunks):
+        return False
+    Store(plan.store).put(LABELS, plan.keys[view], _assembling(plan, chunks))
+    shutil.rmtree(plan.path(chunks[0]).parent, ignore_errors=True)
+    return True
+
+
+def _assembling(plan: LabelPlan, chunks: list[Chunk]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        arrays: dict[str, np.memmap[Any, Any]] = {}
+        duration_s = 0.0
+        for chunk in chunks:
+            tensors = load_tensors(plan.path(chunk))
+            rows = tensors.pop(_ROWS).numpy()
+            duration_s += float(tensors.pop(_SECONDS))
+            for name, tensor in tensors.items():
+                values = tensor.numpy()
+                if name not in arrays:
+                    shape = (plan.num_images, *values.shape[1:])
+                    arrays[name] = new_array(folder / f"{name}.npy", values.dtype, shape)
+                arrays[name][rows] = values
+        for array in arrays.values():
+            array.flush()
+        write_json(folder / RECORD, {"duration_s": duration_s})
+
+    return write
