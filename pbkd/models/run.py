@@ -100,6 +100,8 @@ class Run:
         if recipe.seconds is not None:
             self.num_steps = _CLOCK_STEPS
         self.restarts = 0
+        self.pulse: Callable[[], None] = lambda: None
+        """Called after each step, where a checkpoint may be saved."""
         self.history = ""
         self.best_accuracy = _number(self.val_accuracy())
         self.validation_s = self._now_s
@@ -113,6 +115,9 @@ class Run:
         self.optimizer = make_optimizer(self.model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_steps)
         self.next_epoch = 0
+        self.epoch_losses: list[Tensor] = []
+        """Of the steps of an epoch that is not over."""
+        self._random: list[Tensor] = []
         self.cycle_from_s = self._now_s
         self.watch = Watch(self.watch.start_accuracy)
         self.stopped: Stopped | None = "epochs" if self.num_steps == 0 else None
@@ -167,6 +172,8 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "epoch_losses": [loss.cpu() for loss in self.epoch_losses],
+            "random": self._random_state() if self.epoch_losses else [],
             "elapsed_s": self._now_s,
             "watch": asdict(self.watch),
             **{name: getattr(self, name) for name in _PLAIN},
@@ -194,20 +201,22 @@ class Run:
         device = next(self.model.parameters()).device
         for name in _STATES:
             setattr(self, name, {key: t.to(device) for key, t in content[name].items()})
-        _log.info("going on after epoch %d", self.next_epoch - 1)
+        self.epoch_losses = [loss.to(device) for loss in content["epoch_losses"]]
+        self._random = content["random"]
+        _log.info(
+            "going on after epoch %d and %d steps", self.next_epoch - 1, len(self.epoch_losses)
+        )
 
     # ------------------------------------------------------------ one epoch
 
     def _train(self) -> float:
         """The epoch's steps; returns their mean loss."""
-        number = self.next_epoch
-        gpus = [torch.cuda.current_device()] if self.train.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):  # dropout draws
+        number, losses = self.next_epoch, self.epoch_losses
+        with torch.random.fork_rng(self._gpus):  # dropout draws
             torch.manual_seed(derive_seed(self.train.seed, "fit", number))
+            self._restore_random_state()
             self.model.train()
-            batches = self.train.epoch(number, self.recipe.batch_size)
-            losses: list[Tensor] = []
-            for batch in batches:
+            for batch in self.train.epoch(number, self.recipe.batch_size, skip=len(losses)):
                 self.before_step(number * self.steps_per_epoch + len(losses))
                 losses.append(self.step(batch))
                 self.after_step()
@@ -215,8 +224,25 @@ class Run:
                     break
                 if len(losses) % _WINDOW == 0:
                     self.watch.check_loss(_mean(losses[-_WINDOW:]))
+                self.pulse()
             self.watch.check_loss(_mean(losses[-_WINDOW:]))
+        self.epoch_losses = []
         return _mean(losses)
+
+    @property
+    def _gpus(self) -> list[int]:
+        return [torch.cuda.current_device()] if self.train.device.type == "cuda" else []
+
+    def _random_state(self) -> list[Tensor]:
+        """What the rest of the epoch draws from: of the CPU, then of the GPU."""
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
+
+    def _restore_random_state(self) -> None:
+        if self._random:
+            torch.set_rng_state(self._random[0])
+            for gpu, state in zip(self._gpus, self._random[1:], strict=False):
+                torch.cuda.set_rng_state(state, gpu)
+        self._random = []
 
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; the loss stays on the device."""

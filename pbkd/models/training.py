@@ -21,6 +21,8 @@ from pbkd.models.run import EpochRecord as EpochRecord
 from pbkd.models.run import Fitted, Keep, Loss, Run
 
 _CHECKPOINT_EVERY_S = 10.0
+"""After an epoch; within one, see ``_Saver``."""
+_LONG_EPOCH_S, _SAVING_SHARE = 60.0, 0.02
 
 
 def fit(
@@ -41,8 +43,9 @@ def fit(
 
     Args:
         history: file of JSON lines, one ``EpochRecord`` per epoch.
-        checkpoint: file to go on from, written every few seconds at the end of an epoch; its name
-            must tell trainings apart. The caller deletes it once the weights are safe.
+        checkpoint: file to go on from, written every few seconds at the end of an epoch and every
+            minute within one; its name must tell trainings apart. The caller deletes it once the
+            weights are safe.
 
     Returns:
         The validation accuracy of the weights that were kept, 0 to 1.
@@ -96,13 +99,40 @@ def _drive(run: Run, history: Path, checkpoint: Path | None) -> Fitted:
     if checkpoint is not None:
         run.resume(checkpoint)
     history.write_text(run.history)
-    began_at = saved_at = time.monotonic()
+    saver = _Saver(run, checkpoint)
+    run.pulse = saver.within_epoch
     while not run.stopped:
         run.epoch()
         history.write_text(run.history)
-        now = time.monotonic()
-        since = began_at if run.stopped else saved_at
-        if checkpoint is not None and now - since >= _CHECKPOINT_EVERY_S:
-            run.save(checkpoint)
-            saved_at = now
+        saver.after_epoch()
     return run.finish()
+
+
+class _Saver:
+    """Writes a run's checkpoint every few seconds after an epoch, and within one that is long.
+
+    Within an epoch it takes a small share of the time, however large the model is.
+    """
+
+    def __init__(self, run: Run, checkpoint: Path | None) -> None:
+        self._run, self._checkpoint = run, checkpoint
+        self._began_s = self._saved_s = time.monotonic()
+        self._took_s = 0.0
+
+    def within_epoch(self) -> None:
+        """After a step."""
+        every_s = max(_LONG_EPOCH_S, self._took_s / _SAVING_SHARE)
+        if self._checkpoint is not None and time.monotonic() - self._saved_s >= every_s:
+            self._save(self._checkpoint)
+
+    def after_epoch(self) -> None:
+        """The last one is always worth a checkpoint, unless the training was short."""
+        since_s = self._began_s if self._run.stopped else self._saved_s
+        if self._checkpoint is not None and time.monotonic() - since_s >= _CHECKPOINT_EVERY_S:
+            self._save(self._checkpoint)
+
+    def _save(self, path: Path) -> None:
+        began_s = time.monotonic()
+        self._run.save(path)
+        self._saved_s = time.monotonic()
+        self._took_s = self._saved_s - began_s

@@ -154,6 +154,45 @@ def test_a_killed_training_ends_as_one_that_was_not(
     assert num_steps == (EPOCHS - done) * STEPS_PER_EPOCH
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("step", [1, 2, 4, 8, 14])
+def test_a_long_epoch_goes_on_at_the_right_step(
+    tmp_path: Path, recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _result(tmp_path, recipe=recipe, checkpoint=None)
+    monkeypatch.setattr(training, "_LONG_EPOCH_S", 0.0)
+    monkeypatch.setattr(training, "_SAVING_SHARE", math.inf)
+    with pytest.raises(Killed):
+        _result(tmp_path, _after(step, _kill), recipe)
+    seen: list[int] = []
+
+    def counted(batch: Batch, logits: Tensor) -> Tensor:
+        seen.extend(batch.rows.tolist())
+        return _learn(batch, logits)
+
+    found = _result(tmp_path, counted, recipe, seed=4)
+    _assert_same(found, expected)
+    assert len(seen) == (EPOCHS * STEPS_PER_EPOCH - step) * BATCH_SIZE  # no step is done again
+    rest = seen[: -step % STEPS_PER_EPOCH * BATCH_SIZE]
+    assert len(rest) == len(set(rest))  # nor an image of the epoch seen twice
+
+
+def test_saving_within_an_epoch_takes_a_small_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(run.Run, "save", lambda self, _: saved.append(len(self.epoch_losses)))
+    _result(tmp_path)
+    assert saved == [0] * EPOCHS, "no epoch here takes a minute"
+    monkeypatch.setattr(training, "_LONG_EPOCH_S", 0.0)
+    saved.clear()
+    _result(tmp_path)
+    assert saved.count(1) + saved.count(2) > 0
+    saver = training._Saver(None, tmp_path)  # type: ignore[arg-type]
+    saver._took_s = 1e6
+    saver.within_epoch()  # a model that takes long to save is not saved again at once
+
+
 def test_killed_in_every_epoch(tmp_path: Path) -> None:
     expected = _result(tmp_path, checkpoint=None)
     for _ in range(EPOCHS - 1):
