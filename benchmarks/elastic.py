@@ -1,66 +1,187 @@
-"""Throughput of a student's training by where its soft labels come from.
+"""Throughput of a student's training by where its soft labels come from, and the use of teachers.
 
 A VGG-16 teacher and a VGG-16 of a tenth of its parameters (fewer channels everywhere), 32x32
 images, one thread. ``none``: true labels alone; ``inline``: the teacher runs at every step;
 ``cached``: its labels were kept (``finetune.teachers: cached``). Weights are random: no figure of
 time depends on them. Steps are those of the stage `finetune`; variants run in turns.
 
+``elastic``: teachers on Ray, a thread each, label views that nobody has labelled while the student
+trains. One of them is compared with the slower of teacher and student, as many as keep the cores
+busy with ``inline`` on as many threads as there are cores.
+
+Then 16 teachers without torch, of four speeds, sleep instead of labelling for 4 students, and one
+of them is killed and another one comes every two seconds: how much of the sum of the rates of those
+that are there is used.
+
     .venv/bin/python benchmarks/elastic.py --quick
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import harness
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from workspaces import make_workspace, run_stages
 
+from pbkd.artifacts import Workspace, save_tensors
 from pbkd.config import AugmentConfig, FinetuneConfig
 from pbkd.data import Split, Stream
 from pbkd.data.batches import Batch
+from pbkd.elastic.board import Chunk
+from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.pool import (
+    PoolSize,
+    RayBoard,
+    TeacherPool,
+    _BoardActor,
+    connect,
+    ray_module,
+    work_on,
+)
+from pbkd.elastic.soft_labels import SoftLabels, write_labels
+from pbkd.elastic.stream import LabelStream
+from pbkd.measure import usable_cores
 from pbkd.models import Classifier, NetworkSpec, Recipe, build_network
 from pbkd.models.run import Loss, Run
-from pbkd.students.finetune import distilling
-from pbkd.elastic.soft_labels import SoftLabels, write_labels
+from pbkd.stages.teacher import read_teacher
+from pbkd.students.finetune import Teacher, distilling
 
-_CLASSES, _PIXELS, _BATCH = 10, 32, 64
+_CLASSES, _BATCH, _CHUNK = 10, 64, 64
 _STUDENT_WIDTH = 0.1**0.5
-_AUGMENT = AugmentConfig(pad=4, flip=True)
 _CONFIG = FinetuneConfig(batch_size=_BATCH, epochs=1000)
+_RATES = (2.0, 4.0, 8.0, 16.0)  # chunks per second of a sleeping teacher
+_NUM_SLEEPERS, _NUM_STUDENTS, _CHANGE_S = 16, 4, 2.0
+
+
+@dataclass
+class Part:
+    """What one part of the benchmark has found."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    samples: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    targets: list[harness.Target] = field(default_factory=list)
 
 
 def main() -> None:
     """Measure, print, write the results."""
     options = harness.parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    num_images, rounds = (256, 4) if options.quick else (1024, 8)
-    teacher = _classifier(1.0).eval().requires_grad_(False)
-    train = _stream(num_images)
+    connect()
     with tempfile.TemporaryDirectory() as folder:
-        began_s = time.perf_counter()
-        write_labels(Path(folder), teacher, train, 0, None, _CONFIG.temperature)
-        labelling = num_images / (time.perf_counter() - began_s)
-        soft = SoftLabels([Path(folder)], _CLASSES, _CONFIG.temperature, "cpu")
-        losses: dict[str, Loss] = {
-            "none": _from_labels,
-            "inline": distilling(teacher, _CONFIG),
-            "cached": distilling(soft, _CONFIG),
-        }
-        students = {name: _classifier(_STUDENT_WIDTH) for name in losses}
-        runs = {name: _epoch(students[name], train, loss) for name, loss in losses.items()}
-        for run in runs.values():
-            run()
-        samples = harness.interleaved(runs, rounds)
-    rates = {
-        name: num_images / harness.median(durations_s) for name, durations_s in samples.items()
+        case = Case(Path(folder))
+        rounds = 2 if options.quick else 6
+        parts = [_throughput(case, rounds), _sleepers(case, 10.0 if options.quick else 30.0)]
+    ray_module().shutdown()
+    whole = Part()
+    for part in parts:
+        whole.rows += part.rows
+        whole.samples |= part.samples
+        whole.settings |= part.settings
+        whole.targets += part.targets
+    harness.finish("elastic", whole.settings, whole.samples, whole.rows, whole.targets)
+
+
+# ---------------------------------------------------------------- students that train
+
+
+class Case:
+    """A teacher and images in a workspace, as elastic teachers read them."""
+
+    def __init__(self, folder: Path) -> None:
+        weights = folder / "random.safetensors"
+        save_tensors(weights, _network(1.0, channels=1).state_dict())
+        self.workspace: Workspace = make_workspace(
+            folder / "workspace",
+            {
+                "prepare": {"image_size": 32},
+                "teacher": {
+                    "model": "cifar_vgg16",
+                    "weights": str(weights),
+                    "mean": [0.5],
+                    "std": [0.25],
+                    "epochs": 0,
+                    "min_accuracy": 0.0,
+                },
+            },
+        )
+        run_stages(self.workspace, "prepare", "teacher")
+        self.teacher, self.card, self.prepared = read_teacher(self.workspace)
+        self.teacher.eval()
+        self.num_images = len(self.prepared.split("train"))
+        self.folder = folder
+        self._numbers = itertools.count()
+
+    def train(self, views: int | None = 1) -> Stream:
+        """The training images."""
+        split = self.prepared.split("train")
+        return Stream(split, seed=0, augment=self.card.augment, views=views)
+
+    def plan(self, views: int) -> LabelPlan:
+        """Views that nobody has labelled."""
+        number = next(self._numbers)
+        return LabelPlan(
+            keys=tuple(f"labels-{number}-{view}" for view in range(views)),
+            teacher=self.workspace.artifacts("teacher"),
+            prepared=self.workspace.prepared,
+            seed=0,
+            top=None,
+            temperature=_CONFIG.temperature,
+            store=self.workspace.store.root,
+            folder=self.workspace.state / "labels",
+            num_images=self.num_images,
+            chunk=_CHUNK,
+        )
+
+    def epochs(self, loss: Loss, train: Stream) -> Callable[[], float]:
+        """A function that trains a student for one more epoch and returns its seconds."""
+        student = Classifier(_network(_STUDENT_WIDTH, channels=1), (0.5,), (0.25,))
+        run = Run(student, train, _few(self.prepared.split("val")), loss, Recipe.of(_CONFIG))
+
+        def epoch() -> float:
+            began_s = time.perf_counter()
+            run._train()
+            run.next_epoch += 1
+            return time.perf_counter() - began_s
+
+        return epoch
+
+
+def _throughput(case: Case, rounds: int) -> Part:
+    """Labels inline, cached, elastic, and none."""
+    num, cores = case.num_images, usable_cores()
+    train = case.train()
+    kept = case.folder / "kept"
+    kept.mkdir()
+    began_s = time.perf_counter()
+    write_labels(kept, case.teacher, train, 0, None, _CONFIG.temperature)
+    labelling = num / (time.perf_counter() - began_s)
+    soft = SoftLabels([kept], _CLASSES, _CONFIG.temperature, "cpu")
+    inline = case.epochs(distilling(case.teacher, _CONFIG), train)
+    variants = {
+        "none": case.epochs(_from_labels, train),
+        "inline": inline,
+        "cached": case.epochs(distilling(soft, _CONFIG), train),
+        "inline, all cores": lambda: _with_threads(cores, inline),
     }
-    parameters = [sum(p.numel() for p in m.parameters()) for m in (students["none"], teacher)]
+    with _elastic(case, 1, rounds) as one, _elastic(case, cores, rounds) as many:
+        variants |= {"elastic, 1 teacher": one, f"elastic, {cores} teachers": many}
+        for run in variants.values():
+            run()
+        samples = harness.interleaved(variants, rounds)
+    rates = {name: num / harness.median(times) for name, times in samples.items()}
     rows = [
         {
             "labels": name,
@@ -71,49 +192,183 @@ def main() -> None:
         for name, rate in rates.items()
     ]
     rows.append({"labels": "(labelling)", "images/s": f"{labelling:.1f}"})
+    slower = min(labelling, rates["none"])
+    targets = [
+        _target("cached labels", rates["cached"] / rates["inline"], 3.125, "x inline"),
+        _target("cached labels", rates["cached"] / rates["none"], 0.95, "x no teacher"),
+        _target(
+            "elastic, 1 teacher",
+            rates["elastic, 1 teacher"] / slower if cores > 1 else None,
+            0.95,
+            "x the slower of teacher and student",
+        ),
+        _target(
+            f"elastic, {cores} teachers",
+            rates[f"elastic, {cores} teachers"] / rates["inline, all cores"],
+            0.9,
+            "x inline on the same cores",
+        ),
+    ]
     settings = {
         "student_width": _STUDENT_WIDTH,
-        "images": num_images,
+        "images": num,
         "batch_size": _BATCH,
-        "share_of_parameters": parameters[0] / parameters[1],
+        "cores": cores,
         "teacher_over_step": rates["none"] / labelling,
         "labelling_images_per_s": labelling,
     }
-    cached = rates["cached"]
-    targets = [
-        harness.Target("cached labels", cached / rates["inline"], "at least", 3.125, "x inline"),
-        harness.Target("cached labels", cached / rates["none"], "at least", 0.95, "x no teacher"),
-    ]
-    harness.finish("elastic", settings, samples, rows, targets)
+    return Part(rows, samples, settings, targets)
 
 
-def _classifier(width: float) -> Classifier:
+@contextmanager
+def _elastic(case: Case, num_teachers: int, rounds: int) -> Iterator[Callable[[], float]]:
+    """A student's epochs, of views that its teachers label meanwhile; teachers rest between."""
+    plan = case.plan(rounds + 2)
+    size = PoolSize(num_teachers, num_teachers, cpus=0.01)
+    status = case.folder / f"teachers-{num_teachers}.json"
+    with TeacherPool(plan, size, status) as pool:
+        train = case.train(views=len(plan.keys))
+        board = RayBoard(pool.board, pool.address)
+        name = f"student-{num_teachers}"
+        labels = LabelStream(plan, board, name, train, _CLASSES, 120.0, may_lack=False)
+        teacher: Teacher = labels
+        epoch = case.epochs(distilling(teacher, _CONFIG), train)
+
+        def run() -> float:
+            took_s = epoch()
+            labels.close()  # or the next view would be labelled while others are measured
+            time.sleep(0.2)
+            return took_s
+
+        yield run
+
+
+def _network(width: float, channels: int) -> torch.nn.Module:
     torch.manual_seed(0)
-    spec = NetworkSpec(name="cifar_vgg16", num_classes=_CLASSES, in_channels=3, width=width)
-    return Classifier(build_network(spec), (0.5,) * 3, (0.25,) * 3)
+    spec = NetworkSpec(name="cifar_vgg16", num_classes=_CLASSES, in_channels=channels, width=width)
+    return build_network(spec)
 
 
-def _stream(num_images: int) -> Stream:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (num_images, 3, _PIXELS, _PIXELS), dtype=np.uint8)
-    split = Split(images, rng.integers(0, _CLASSES, num_images))
-    return Stream(split, seed=0, augment=_AUGMENT, views=1)
+def _few(split: Split) -> Stream:
+    few = replace(split, images=split.images[:_BATCH], labels=split.labels[:_BATCH])
+    return Stream(few, seed=0, augment=AugmentConfig())
 
 
 def _from_labels(batch: Batch, logits_nk: Tensor) -> Tensor:
     return F.cross_entropy(logits_nk, batch.labels_n)
 
 
-def _epoch(student: Classifier, train: Stream, loss: Loss) -> Callable[[], float]:
-    """One epoch of a training; returns its seconds, validation left out."""
-    run = Run(student, train, _stream(_BATCH), loss, Recipe.of(_CONFIG))
+def _with_threads(threads: int, run: Callable[[], float]) -> float:
+    torch.set_num_threads(threads)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(1)
 
-    def epoch() -> float:
-        began_s = time.perf_counter()
-        run._train()
-        return time.perf_counter() - began_s
 
-    return epoch
+# ---------------------------------------------------------------- teachers that sleep
+
+
+class Sleeper:
+    """A teacher that takes its time and labels nothing; an actor."""
+
+    def __init__(self, plan: LabelPlan, rate: float) -> None:
+        self._plan, self._rate = plan, rate
+
+    def here(self) -> int:
+        """Process."""
+        return os.getpid()
+
+    def serve(self, name: str, board: Any) -> None:
+        """Take chunks until killed."""
+
+        def label(chunk: Chunk) -> None:
+            time.sleep(1 / self._rate)
+            path = self._plan.path(chunk)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+        work_on(name, board, label)
+
+
+def _sleepers(case: Case, seconds: float) -> Part:
+    """The share of the teachers' rates that 4 students get, while teachers come and go."""
+    ray = ray_module()
+    plan = replace(
+        case.plan(_NUM_STUDENTS), num_images=_CHUNK * 100_000, folder=case.folder / "sleep"
+    )
+    board = ray.remote(_BoardActor).options(num_cpus=0, max_concurrency=1).remote(plan)
+    alive: dict[str, tuple[Any, float, float]] = {}
+    numbers = itertools.count()
+    capacity = 0.0
+
+    def hire(rate: float) -> None:
+        name = f"sleeper-{next(numbers)}"
+        actor = ray.remote(Sleeper).options(num_cpus=0).remote(plan, rate)
+        ray.get(actor.here.remote())
+        actor.serve.remote(name, board)
+        alive[name] = (actor, rate, time.monotonic())
+
+    def dismiss(name: str) -> float:
+        nonlocal capacity
+        actor, rate, since_s = alive.pop(name)
+        ray.kill(actor)
+        ray.get(board.leave.remote(name))
+        capacity += rate * (time.monotonic() - since_s)
+        return rate
+
+    is_over = threading.Event()
+    read = [0] * _NUM_STUDENTS
+    for index in range(_NUM_SLEEPERS):
+        hire(_RATES[index % len(_RATES)])
+    for name, (actor, rate, _) in list(alive.items()):
+        alive[name] = (actor, rate, time.monotonic())
+    students = [
+        threading.Thread(target=_read_on, args=(ray, board, view, read, is_over))
+        for view in range(_NUM_STUDENTS)
+    ]
+    began_s = time.monotonic()
+    for student in students:
+        student.start()
+    while time.monotonic() - began_s < seconds:
+        time.sleep(_CHANGE_S)
+        hire(dismiss(next(iter(alive))))
+    for name in list(alive):
+        dismiss(name)
+    is_over.set()
+    for student in students:
+        student.join()
+    ray.kill(board)
+    used = sum(read) / capacity
+    row = {
+        "labels": f"{_NUM_SLEEPERS} sleeping teachers, {_NUM_STUDENTS} students",
+        "images/s": f"{sum(read) / seconds:.1f} chunks/s",
+        "to inline": f"{used:.3f} of the rates",
+    }
+    target = _target("sleeping teachers on Ray", used, 0.97, "of the sum of their rates")
+    found = {"sleepers": {"read": read, "capacity": capacity, "seconds": seconds}}
+    return Part([row], found, {"sleeping_rates": _RATES}, [target])
+
+
+def _read_on(ray: Any, board: Any, view: int, read: list[int], is_over: threading.Event) -> None:
+    """A student that is faster than its teachers."""
+    position, window = 0, 2 * _NUM_SLEEPERS
+    done: set[int] = set()
+    while not is_over.is_set():
+        ahead: list[Chunk] = [
+            (view, n) for n in range(position, position + window) if n not in done
+        ]
+        got, _ = ray.get(board.want.remote(f"student-{view}", ahead))
+        done |= {number for _, number in got}
+        read[view] += len(got)
+        while position in done:
+            done.remove(position)
+            position += 1
+        time.sleep(0.005)
+
+
+def _target(name: str, value: float | None, target: float, unit: str) -> harness.Target:
+    return harness.Target(name, value, "at least", target, unit)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ under its key in one rename, so whatever is there is complete.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import socket
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +159,26 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(
             f"{path} is not a whole safetensors file ({error}); delete it"
         ) from None
+
+
+def save_checkpoint(path: Path, content: Any) -> None:
+    """Write tensors and plain values, whole or not at all; OSError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # into a file, it would hide why it fails
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> Any:
+    """Read it again, on the CPU; executes no code.
+
+    Raises:
+        Exception: of any kind: a damaged file makes torch raise whatever comes up.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch compares no checksum
+            raise ArtifactError(f"the checksum of its {damaged} differs")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

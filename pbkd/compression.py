@@ -139,6 +139,7 @@ def compress_splits(
         seed=settings.seed,
         store=store.root,
         progress=folder / "progress",
+        checkpoints=folder / "checkpoints",
     )
     train_and_score(job, teacher, card, splits.train, splits.val)
     teacher.to(best_device())

@@ -206,6 +206,8 @@ class ShardReader:
         Raises:
             ArtifactError: a shard is damaged; its item is removed from the store.
         """
+        if not self._batches:
+            return
         queue = _Queue(self._limit_bytes)
         thread = threading.Thread(target=self._run, args=(queue,), name="pbkd-shard-reader")
         thread.start()
@@ -288,26 +290,28 @@ class CacheSource:
         }
         self._whole: dict[str, Tensor] = {}
 
-    def epoch(self, epoch: int, paths: Iterable[str]) -> Generator[dict[str, Activation]]:
-        """Training batches of one epoch."""
+    def epoch(
+        self, epoch: int, paths: Iterable[str], skip: int = 0
+    ) -> Generator[dict[str, Activation]]:
+        """Training batches of one epoch, without the first ``skip``."""
         view = self.train_stream.view_of(epoch)
-        return self._pairs(tuple(paths), view, self._train_batches(epoch))
+        return self._pairs(tuple(paths), view, self._train_batches(epoch, skip))
 
     def val(self, paths: Iterable[str]) -> Generator[dict[str, Activation]]:
         """The validation split, in order."""
         return self._pairs(tuple(paths), VAL, self._val_batches())
 
-    def cut(self, epoch: int, path: str) -> Generator[Tensor]:
+    def cut(self, epoch: int, path: str, skip: int = 0) -> Generator[Tensor]:
         """The exact inputs, (B, ...) float32, with which a relay begins: one epoch's batches."""
         view = self.train_stream.view_of(epoch)
-        return self._cut(path, view, self._train_batches(epoch))
+        return self._cut(path, view, self._train_batches(epoch, skip))
 
     def val_cut(self, path: str) -> Generator[Tensor]:
         """The same for the validation split, in order."""
         return self._cut(path, VAL, self._val_batches())
 
-    def _train_batches(self, epoch: int) -> list[Tensor]:
-        return list(self.train_stream.rows(epoch, self.batch_size))
+    def _train_batches(self, epoch: int, skip: int) -> list[Tensor]:
+        return list(self.train_stream.rows(epoch, self.batch_size))[skip:]
 
     def _val_batches(self) -> list[Tensor]:
         return list(torch.split(torch.arange(self.num_val), self.batch_size))
@@ -343,6 +347,8 @@ class CacheSource:
     def _select(
         self, names: list[Name], view: View, batches: list[Tensor]
     ) -> Generator[dict[Name, Tensor]]:
+        if not batches:
+            return
         missing = [name for name in names if self._keys[*name, view] not in self._whole]
         if missing:
             self._load(missing, view)

@@ -23,10 +23,12 @@ class RelaySource:
         self.val_stream = val
         self.batch_size = batch_size
 
-    def epoch(self, epoch: int, paths: Iterable[str]) -> Iterator[dict[str, Activation]]:
-        """Training batches of one epoch."""
+    def epoch(
+        self, epoch: int, paths: Iterable[str], skip: int = 0
+    ) -> Iterator[dict[str, Activation]]:
+        """Training batches of one epoch, without the first ``skip``."""
         wanted = tuple(paths)
-        for batch in self.train_stream.epoch(epoch, self.batch_size):
+        for batch in self.train_stream.epoch(epoch, self.batch_size, skip):
             yield self.capture(batch.images_nchw, wanted)
 
     def val(self, paths: Iterable[str]) -> Iterator[dict[str, Activation]]:
@@ -49,10 +51,12 @@ class ResumedSource:
         self.cache = cache
         self.path = path
 
-    def epoch(self, epoch: int, paths: Iterable[str]) -> Iterator[dict[str, Activation]]:
-        """Training batches of one epoch."""
+    def epoch(
+        self, epoch: int, paths: Iterable[str], skip: int = 0
+    ) -> Iterator[dict[str, Activation]]:
+        """Training batches of one epoch, without the first ``skip``."""
         wanted = tuple(paths)
-        with closing(self.cache.cut(epoch, self.path)) as batches:
+        with closing(self.cache.cut(epoch, self.path, skip)) as batches:
             for x in batches:
                 yield self.resume(x, wanted)
 

@@ -34,8 +34,14 @@ def activation_stream(
 class Source(Protocol):
     """Activations for the blocks of one job, in the order of the one stream."""
 
-    def epoch(self, epoch: int, paths: Iterable[str]) -> Iterator[dict[str, Activation]]:
-        """Training batches of one epoch: block path to its activation, for the given blocks."""
+    def epoch(
+        self, epoch: int, paths: Iterable[str], skip: int = 0
+    ) -> Iterator[dict[str, Activation]]:
+        """Training batches of one epoch: block path to its activation, for the given blocks.
+
+        Args:
+            skip: so many batches, of which nothing is computed or read, are left out.
+        """
         ...
 
     def val(self, paths: Iterable[str]) -> Iterator[dict[str, Activation]]:

@@ -1,7 +1,7 @@
 """What one worker does in one go: train some trainees on one source, then score them.
 
 A job gets paths and plain values and writes files; it knows no orchestrator. What the store holds
-already is not done again.
+already is not done again, and what a killed job was in goes on from its checkpoints.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pbkd.blocks import build_candidate, init_candidate
 from pbkd.config import ActivationsConfig, DistillConfig
 from pbkd.data import Split, Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
+from pbkd.distill.checkpoint import Checkpoints
 from pbkd.distill.score import SCORE, SCORE_BATCH, Damage, score
 from pbkd.distill.steps import Steps
 from pbkd.distill.timing import warm_up
@@ -57,6 +58,7 @@ class TrainingJob(BaseModel):
         start: block with whose cached cut a relay begins; None: with the images.
         cuts: block to the module whose input that cut is.
         progress: folder for histories that grow.
+        checkpoints: folder from whose files unfinished trainees go on; other jobs may share it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,6 +73,7 @@ class TrainingJob(BaseModel):
     seed: int
     store: Path
     progress: Path
+    checkpoints: Path
 
     @property
     def heartbeat(self) -> Path:
@@ -136,6 +139,10 @@ def train_and_score(
 ) -> Done:
     """Train and score a job's trainees into the store.
 
+    A trainee that has a checkpoint goes on after the last batch that it had taken by then, and ends
+    with the same bits as one that was never stopped. The trainees of a job may stand at different
+    batches: it begins with the batch that the last of them needs, and each takes part from its own.
+
     Raises:
         TrainingError: the batches do not fit into memory.
     """
@@ -147,7 +154,12 @@ def train_and_score(
 
 
 def _train_and_score(spec: TrainingJob, worker: _Worker, store: Store) -> Done:
-    to_train = [t for t in spec.trainees if not store.has(TRAINEES, t.key)]
+    to_train = []
+    for trainee in spec.trainees:
+        if store.has(TRAINEES, trainee.key):
+            worker.checkpoints.remove(trainee.key)  # a kill may have come before that
+        else:
+            to_train.append(trainee)
     if to_train:
         worker.train(to_train, store)
     start = time.perf_counter()
@@ -165,6 +177,7 @@ class _Worker:
         self, spec: TrainingJob, teacher: Classifier, card: ModelCard, train: Split, val: Split
     ) -> None:
         self.spec = spec
+        self.checkpoints = Checkpoints(spec.checkpoints)
         self.device = best_device()
         self.teacher, self.card = teacher.to(self.device), card
         self.train_stream = self._stream(train)
@@ -176,17 +189,28 @@ class _Worker:
         steps = epochs * sum(1 for _ in self.train_stream.rows(0, batch_size))
         first = next(iter(source.val({spec.block for spec in specs})))
         trainees = [self._trainee(spec, first[spec.block].input, steps) for spec in specs]
-        self._validate(trainees, source)
-        active = _publish_finished(trainees, store)
+        self._validate([trainee for trainee in trainees if trainee.epoch == -1], source)
+        active = self._publish_finished(trainees, store)
         take_steps = Steps()
         for epoch in range(epochs):
-            if not active:
-                break
-            for activations in source.epoch(epoch, {t.spec.block for t in active}):
-                take_steps(active, activations)
-                self._beat()
-            self._validate(active, source)
-            active = _publish_finished(active, store)
+            present = [trainee for trainee in active if trainee.epoch == epoch]
+            self._train_epoch(epoch, present, source, take_steps)
+            self._validate(present, source)
+            active = self._publish_finished(active, store)
+            self.checkpoints.save_if_due(active)
+
+    def _train_epoch(
+        self, epoch: int, trainees: list[Trainee], source: Source, take_steps: Steps
+    ) -> None:
+        """Give each trainee the batches of an epoch that it has not taken."""
+        if not trainees:
+            return
+        skip = min(trainee.num_taken for trainee in trainees)
+        batches = source.epoch(epoch, {trainee.spec.block for trainee in trainees}, skip)
+        for index, activations in enumerate(batches, start=skip):
+            take_steps([t for t in trainees if t.num_taken == index], activations)
+            self.checkpoints.save_if_due(trainees)
+            self._beat()
 
     def score(self, specs: list[TraineeSpec], store: Store) -> None:
         damages = score(
@@ -227,6 +251,9 @@ class _Worker:
         return Predictions(**{name: tensor.to(self.device) for name, tensor in kept.items()})
 
     def _trainee(self, spec: TraineeSpec, x: Tensor, steps: int) -> Trainee:
+        return self.checkpoints.resume(lambda: self._new_trainee(spec, x, steps))
+
+    def _new_trainee(self, spec: TraineeSpec, x: Tensor, steps: int) -> Trainee:
         block = self.teacher.net.get_submodule(spec.block)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -238,6 +265,8 @@ class _Worker:
         return Trainee(spec, module, self.spec.distill, steps, progress)
 
     def _validate(self, trainees: list[Trainee], source: Source) -> None:
+        if not trainees:
+            return
         sums: list[list[Tensor]] = [[] for _ in trainees]
         for activations in source.val({trainee.spec.block for trainee in trainees}):
             for trainee, losses in zip(trainees, sums, strict=True):
@@ -246,6 +275,15 @@ class _Worker:
         for trainee, losses in zip(trainees, sums, strict=True):
             trainee.end_epoch(float(torch.stack(losses).sum()) / len(self.val_stream))
         self._beat()
+
+    def _publish_finished(self, trainees: list[Trainee], store: Store) -> list[Trainee]:
+        """Put those that stopped into the store; returns the others."""
+        for trainee in trainees:
+            if not trainee.active:
+                store.put(TRAINEES, trainee.spec.key, trainee.write)
+                self.checkpoints.remove(trainee.spec.key)
+                _log.info("trained %s: %s", trainee.spec.name, trainee.stopped)
+        return [trainee for trainee in trainees if trainee.active]
 
     def _source(self, paths: list[str], store: Store) -> Source:
         spec, batch_size = self.spec, self.spec.distill.batch_size
@@ -277,12 +315,3 @@ class _Worker:
 
 def _writer(damage: Damage) -> Callable[[Path], None]:
     return lambda folder: write_json(folder / SCORE, damage)
-
-
-def _publish_finished(trainees: list[Trainee], store: Store) -> list[Trainee]:
-    """Put those that stopped into the store; returns the others."""
-    for trainee in trainees:
-        if not trainee.active:
-            store.put(TRAINEES, trainee.spec.key, trainee.write)
-            _log.info("trained %s: %s", trainee.spec.name, trainee.stopped)
-    return [trainee for trainee in trainees if trainee.active]

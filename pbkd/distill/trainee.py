@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -106,7 +107,8 @@ class TraineeResult(BaseModel):
     """What ``result.json`` says of a finished trainee.
 
     Attributes:
-        started_at, finished_at: seconds since 1970.
+        started_at, finished_at: seconds since 1970; of a resumed training, their difference is
+            without what was lost.
         stopped: why training ended: all epochs, no better validation loss, a loss not finite, or
             nothing to train.
         best_epoch: epoch of the kept weights; -1: the inherited ones, before any step.
@@ -202,6 +204,16 @@ class Trainee:
         """Whether it still learns."""
         return not self.stopped
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that it is in; -1: before its first validation."""
+        return self._epoch
+
+    @property
+    def num_taken(self) -> int:
+        """Batches of the present epoch that it has taken."""
+        return len(self._losses)
+
     def step(self, activation: Activation) -> None:
         """One optimizer step; the loss stays on the device."""
         self.count(self.descend(activation))
@@ -222,6 +234,9 @@ class Trainee:
         """Keep a step's loss, and set the learning rate of the next step: half a cosine wave."""
         self._losses.append(loss)
         self._steps_taken += 1
+        self._set_lr()
+
+    def _set_lr(self) -> None:
         share = min(self._steps_taken / self.num_steps, 1.0)
         self.lr = self.config.lr * (1 + math.cos(math.pi * share)) / 2
         for group in self.optimizer.param_groups:
@@ -266,6 +281,46 @@ class Trainee:
         save_tensors(folder / WEIGHTS, self._best.state)
         (folder / HISTORY).write_bytes(self.progress.read_bytes())
         write_json(folder / RESULT, self._result())
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that ``restore`` needs, as plain values and tensors; these are not copies."""
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "steps_taken": self._steps_taken,
+            "epoch": self._epoch,
+            "losses": losses,
+            "best": vars(self._best),
+            "plateau_since": self._plateau_since,
+            "initial_val_loss": self._initial_val_loss,
+            "elapsed_s": time.time() - self.started_at,
+            "history": self.progress.read_text(),
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go on where a snapshot of the same trainee was taken, on whatever device.
+
+        To be called before the first step: what a CUDA graph has recorded would keep the tensors of
+        before. Raises anything, and leaves the trainee in parts, where the snapshot is of another
+        module.
+        """
+        device = self.optimizer.param_groups[0]["params"][0].device
+        self.module.load_state_dict(snapshot["module"])
+        # its own groups, because they say where the rate and the count of steps have to lie
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": snapshot["optimizer"], "param_groups": groups})
+        self._steps_taken = snapshot["steps_taken"]
+        self._set_lr()
+        self._epoch = snapshot["epoch"]
+        self._losses = list(snapshot["losses"].to(device))
+        best = snapshot["best"]
+        weights = {name: tensor.to(device) for name, tensor in best["state"].items()}
+        self._best = _Best(best["epoch"], best["loss"], weights)
+        self._plateau_since = snapshot["plateau_since"]
+        self._initial_val_loss = snapshot["initial_val_loss"]
+        self.started_at = time.time() - snapshot["elapsed_s"]
+        self.progress.write_text(snapshot["history"])
 
     def _loss(self, activation: Activation) -> Tensor:
         x, target = activation.input, activation.output

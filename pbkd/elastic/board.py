@@ -27,11 +27,12 @@ class TeacherState:
     """A teacher as the board sees it; times are the caller's, seconds.
 
     Attributes:
-        since_s: when it took its chunk, or began to wait.
+        since_s: when it took up its first chunk, or began to wait.
+        chunks: that it has taken: one in work, and one or none ahead.
     """
 
     since_s: float
-    chunk: Chunk | None = None
+    chunks: list[Chunk] = field(default_factory=list)
     num_done: int = 0
     busy_s: float = 0.0
 
@@ -93,22 +94,24 @@ class Board:
         self._students.pop(student, None)
 
     def take(self, teacher: str, now_s: float) -> Chunk | None:
-        """What a free teacher is to label; None: nothing, ask again."""
+        """What a teacher is to label next, or after what it has; None: nothing, ask again."""
         state = self._teachers.setdefault(teacher, TeacherState(now_s))
-        if state.chunk is not None:  # it asks again: its chunk is done, or given up
-            self._free(state, now_s)
         chunk = next(self._open(now_s), None)
         if chunk is not None:
-            state.chunk, state.since_s = chunk, now_s
+            if not state.chunks:
+                state.since_s = now_s
+            state.chunks.append(chunk)
         return chunk
 
-    def finish(self, teacher: str, now_s: float) -> None:
-        """A teacher's labels are written."""
+    def finish(self, teacher: str, chunk: Chunk, now_s: float) -> None:
+        """A teacher's labels of a chunk are written."""
         state = self._teachers.get(teacher)
-        if state is None or state.chunk is None:  # a new board, or it was thought lost
+        if state is None or chunk not in state.chunks:  # a new board, or it was thought lost
             return
+        state.chunks.remove(chunk)
         state.num_done += 1
-        self._free(state, now_s)
+        state.busy_s += now_s - state.since_s
+        state.since_s = now_s
 
     def leave(self, teacher: str) -> None:
         """A teacher is gone; what it had taken is open again."""
@@ -131,7 +134,7 @@ class Board:
             for name, state in self._students.items()
             if state.waits_since_s is not None
         }
-        taken = {state.chunk for state in self._teachers.values()}
+        taken = {chunk for state in self._teachers.values() for chunk in state.chunks}
         num_wanted = sum(chunk not in taken for chunk in self._wanted())
         return Stats(dict(self._teachers), waiting, num_wanted)
 
@@ -139,8 +142,8 @@ class Board:
         """What may be taken, the most urgent first."""
         since: dict[Chunk, float] = {}
         for state in self._teachers.values():
-            if state.chunk is not None:
-                since[state.chunk] = max(state.since_s, since.get(state.chunk, state.since_s))
+            for chunk in state.chunks:
+                since[chunk] = max(state.since_s, since.get(chunk, state.since_s))
         wanted = self._wanted()
         yield from (chunk for chunk in wanted if chunk not in since)
         late = [chunk for chunk in wanted if chunk in since]
@@ -155,7 +158,3 @@ class Board:
         return [
             chunk for chunk in sorted(places, key=places.__getitem__) if not self._is_done(chunk)
         ]
-
-    def _free(self, state: TeacherState, now_s: float) -> None:
-        state.busy_s += now_s - state.since_s
-        state.chunk, state.since_s = None, now_s

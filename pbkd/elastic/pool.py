@@ -10,9 +10,10 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -69,8 +70,8 @@ def connect(address: str | None = None) -> bool:
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)
-    else:
-        ray.init(include_dashboard=False, **quiet)
+    else:  # "local", or it would join whatever cluster it finds on this machine
+        ray.init(address="local", include_dashboard=False, **quiet)
     return not address
 
 
@@ -90,8 +91,8 @@ class _BoardActor:
     def take(self, teacher: str) -> Chunk | None:
         return self._board.take(teacher, time.monotonic())
 
-    def finish(self, teacher: str) -> None:
-        self._board.finish(teacher, time.monotonic())
+    def finish(self, teacher: str, chunk: Chunk) -> None:
+        self._board.finish(teacher, chunk, time.monotonic())
 
     def leave(self, teacher: str) -> None:
         self._board.leave(teacher)
@@ -106,7 +107,8 @@ class _BoardActor:
 class _TeacherActor:
     """Labels chunks until it is told to end."""
 
-    def __init__(self, plan: LabelPlan, threads: int) -> None:
+    def __init__(self, plan: LabelPlan, threads: int, path: list[str]) -> None:
+        sys.path[:] = path  # a network of the user's own lies in the workspace
         os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         import torch
 
@@ -130,16 +132,28 @@ class _TeacherActor:
     def serve(self, name: str, board: Any) -> None:
         from pbkd.elastic.chunks import label_chunk
 
-        ray = ray_module()
-        while True:
-            chunk = ray.get(board.take.remote(name))
-            if chunk is None:
-                time.sleep(_IDLE_S)
-                continue
+        def label(chunk: Chunk) -> None:
             if chunk[0] != self._view:
                 self._view, self._order = chunk[0], self._train.order(chunk[0])
             label_chunk(self._plan, self._teacher, self._train, self._order, chunk)
-            ray.get(board.finish.remote(name))
+
+        work_on(name, board, label)
+
+
+def work_on(name: str, board: Any, label: Callable[[Chunk], None]) -> None:
+    """Take chunks and label them, for ever; the next one is asked for while one is in work."""
+    ray = ray_module()
+    chunk = None
+    while True:
+        if chunk is None:
+            chunk = ray.get(board.take.remote(name))
+        if chunk is None:
+            time.sleep(_IDLE_S)
+            continue
+        ahead = board.take.remote(name)
+        label(chunk)
+        board.finish.remote(name, chunk)
+        chunk = ray.get(ahead)
 
 
 class RayBoard:
@@ -203,6 +217,7 @@ class TeacherPool:
             .options(name=self.board, num_cpus=0, max_restarts=-1, max_task_retries=-1)
             .remote(plan)
         )
+        self._ray.get(self._actor.look.remote(0))  # it is there before anybody asks for it
         self._teachers: dict[str, _Teacher] = {}
         self._count = self._failures = 0
         self._last_error = ""
@@ -279,7 +294,7 @@ class TeacherPool:
     def _end_hanging(self, stats: Stats, now_s: float, patience_s: float) -> None:
         limit_s = max(_HANG_S, _HANG / 3 * patience_s)
         for name, state in stats.teachers.items():
-            if state.chunk is not None and now_s - state.since_s > limit_s:
+            if state.chunks and now_s - state.since_s > limit_s:
                 if name in self._teachers:
                     _log.warning("teacher %s hangs for %.0f s: replaced", name, limit_s)
                 self._dismiss(name)
@@ -297,7 +312,7 @@ class TeacherPool:
         idle = [
             name
             for name, state in stats.teachers.items()
-            if name in self._teachers and state.chunk is None and now_s - state.since_s > _SHRINK_S
+            if name in self._teachers and not state.chunks and now_s - state.since_s > _SHRINK_S
         ]
         if idle and num > size.min_teachers:
             _log.info("teacher %s has nothing to do and ends", idle[-1])
@@ -314,7 +329,7 @@ class TeacherPool:
                 max_restarts=0,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self.threads)}},
             )
-            .remote(self.plan, self.threads)
+            .remote(self.plan, self.threads, list(sys.path))
         )
         where = actor.where.remote()
         self._teachers[name] = _Teacher(actor, actor.serve.remote(name, self._actor), where)
@@ -349,7 +364,7 @@ class TeacherPool:
             for_s = time.monotonic() - teacher.started_s
             return TeacherStatus(host=host, pid=pid, device=device, for_s=for_s)
         num_images = state.num_done * self.plan.chunk
-        view, chunk = state.chunk or (None, None)
+        view, chunk = state.chunks[0] if state.chunks else (None, None)
         return TeacherStatus(
             host=host,
             pid=pid,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbkd.artifacts import atomic_path
+from pbkd.artifacts import load_checkpoint, save_checkpoint
 from pbkd.data.batches import Batch, Stream
 from pbkd.errors import TrainingError
 from pbkd.models.guard import DivergedError, Guard, Watch
@@ -162,10 +161,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on, whole or not at all."""
-        buffer = io.BytesIO()
-        torch.save(self._content(), buffer)  # into a file, it would hide why it fails
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        save_checkpoint(path, self._content())
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -185,7 +181,7 @@ class Run:
         if not path.is_file():
             return
         try:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            content: dict[str, Any] = load_checkpoint(path)
         except Exception as error:  # noqa: BLE001  a damaged file makes torch raise anything
             _log.warning("checkpoint %s is damaged (%s); beginning again", path, error)
             return

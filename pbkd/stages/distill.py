@@ -7,7 +7,9 @@ what there is to do (``plan_distill``) and puts together what was done (``finish
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -170,6 +172,8 @@ def finish_distill(context: StageContext, plan: DistillPlan, reports: list[JobRe
     for trainee in plan.trainees:
         store.verify(TRAINEES, trainee.key)
         store.verify(SCORES, trainee.score_key)
+    # those left are of trainees that were given up
+    shutil.rmtree(_checkpoints(context.workspace), ignore_errors=True)
     with atomic_dir(context.workspace.artifacts("distill")) as folder:
         for trainee in plan.trainees:
             for kind, key in ((TRAINEES, trainee.key), (SCORES, trainee.score_key)):
@@ -212,4 +216,9 @@ def _job_spec(
         prepared=workspace.prepared,
         store=workspace.store.root,
         progress=workspace.state / "progress",
+        checkpoints=_checkpoints(workspace),
     )
+
+
+def _checkpoints(workspace: Workspace) -> Path:
+    return workspace.checkpoint("distill", "trainees").parent

@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 import torch
 
-from pbkd.activations import Side, Source, cache_key
+from pbkd.activations import Resume, ResumedSource, Side, Source, cache_key
 from pbkd.activations.cache import VAL, View, cache_views
+from pbkd.activations.reader import CachedSide
 from pbkd.config import ActivationsConfig, AugmentConfig
 from pbkd.models import ModelCard
 from pbkd.testing import OverwritingNet
@@ -139,6 +140,41 @@ def test_a_part_of_the_blocks_and_another_pass_give_the_same(setup: Setup, kind:
         alone = [{path: batch[path]} for batch in whole]
         assert assert_equal(source.epoch(1, [path]), iter(alone)) == 25
     assert assert_equal(source.epoch(1, setup.paths), iter(whole)) == 25
+
+
+def _source(setup: Setup, kind: str) -> Source:
+    if kind == "relay":
+        return setup.relay()
+    if kind in ("cache", "resident"):
+        return setup.cache(resident=kind == "resident")
+    images = setup.val.plain(torch.arange(4))
+    return ResumedSource(Resume(setup.capture, "features.7", images), setup.cache(), "features.7")
+
+
+@pytest.mark.parametrize("kind", ["relay", "cache", "resident", "cut"])
+@pytest.mark.parametrize("skip", [0, 1, 4, 5, 9])
+def test_batches_are_skipped_without_work(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, kind: str, skip: int
+) -> None:
+    setup.cut_at("features.7")
+    setup.fill()
+    source, paths = _source(setup, kind), ["features.7", "features.14"]
+    whole = list(source.epoch(1, paths))
+    assert len(whole) == 5
+    passes = setup.passes()
+    read: list[int] = []
+    rows_of = CachedSide.read
+
+    def count(side: CachedSide, rows: torch.Tensor, *, pin_memory: bool) -> torch.Tensor:
+        read.append(len(rows))
+        return rows_of(side, rows, pin_memory=pin_memory)
+
+    monkeypatch.setattr(CachedSide, "read", count)
+    num = assert_equal(source.epoch(1, paths, skip), iter(whole[skip:]))
+    left = max(0, 5 - skip)
+    assert num == 5 * left
+    assert len(passes) == (left if kind in ("relay", "cut") else 0)
+    assert len(read) == left * {"relay": 0, "cache": 4, "resident": 0, "cut": 1}[kind]
 
 
 def test_views_differ_in_the_cache_and_return(setup: Setup) -> None:

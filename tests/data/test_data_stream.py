@@ -85,6 +85,15 @@ def test_a_last_smaller_batch_is_left_out_of_training_unless_alone(
     assert torch.equal(rows, torch.cat(list(stream.rows(1, batch_size))))
 
 
+@pytest.mark.parametrize("skip", [0, 1, 5, 9])
+def test_skipped_batches_change_no_other(skip: int) -> None:
+    stream = _stream(chunk=5)
+    whole = list(stream.epoch(1, 4))[skip:]
+    for batch, expected in zip(stream.epoch(1, 4, skip), whole, strict=True):
+        assert torch.equal(batch.rows, expected.rows)
+        assert torch.equal(batch.images_nchw, expected.images_nchw)
+
+
 def test_labels_belong_to_their_images() -> None:
     split = random_split(NUM, channels=2, size=8)
     for batch in _stream(augment=PLAIN).epoch(0, 4):

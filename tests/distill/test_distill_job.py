@@ -33,7 +33,7 @@ from pbkd.distill.trainee import HISTORY, RESULT, WEIGHTS, read_history
 from pbkd.errors import ArtifactError
 from pbkd.models import read_card
 from pbkd.stages import StageContext, run_stage
-from pbkd.stages.distill import DistillPlan, plan_distill, plan_here, start
+from pbkd.stages.distill import DistillPlan, finish_distill, plan_distill, plan_here, start
 from pbkd.stages.planning import profile_here, profile_job, profiled
 
 Weights = dict[str, dict[str, torch.Tensor]]
@@ -269,6 +269,15 @@ def test_a_missing_trainee_is_trained_alone(trained, reference):
     assert run_job(job).trained == (lost.name,)
     assert {t.name: contents(trained.store.path(TRAINEES, t.key)) for t in others} == before
     assert_equal(weights_of(job), {lost.name: reference[0][lost.name]})
+
+
+def test_the_end_of_the_stage_removes_what_is_left_of_other_trainings(trained):
+    context = StageContext.load(trained)
+    left = trained.checkpoint("distill", "of-other-parameters")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
+    finish_distill(context, plan_here(context), [])
+    assert not left.parent.exists()
 
 
 def test_a_changed_score_setting_scores_anew_and_trains_nothing(trained, tmp_path):

@@ -131,3 +131,40 @@ def test_what_cannot_be_recorded_is_trained_step_by_step(
     assert len([r for r in take_steps._recorded.values() if r is not None]) == 1
     for a, b in zip(weights(one), weights(other), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("before", ["cpu", "cuda"])
+def test_a_restored_trainee_is_recorded_with_its_state_on_the_gpu(
+    tmp_path: Path, optimizer: str, before: str
+) -> None:
+    settings = {"optimizer": optimizer, "mixed_precision": False}
+    one = three(tmp_path / "a", before, **settings)
+    for batch in batches(before, 2):
+        for t in one:
+            t.step(batch[t.spec.block])
+    other = three(tmp_path / "b", "cuda", **settings)
+    for t, u in zip(one, other, strict=True):
+        torch.save(t.snapshot(), tmp_path / "snapshot")
+        u.restore(torch.load(tmp_path / "snapshot", map_location="cpu", weights_only=True))
+        assert u.optimizer.param_groups[0]["lr"].is_cuda
+        assert u.optimizer.param_groups[0]["capturable"]
+        states = [x for state in u.optimizer.state.values() for x in state.values()]
+        assert states
+        assert all(x.is_cuda for x in states)
+    take_steps = Steps()
+    for batch in batches("cuda", 2 * WARM_STEPS):
+        take_steps(other, batch)
+        for t in one:
+            activation = batch[t.spec.block]
+            own = Activation(activation.input.to(before), activation.output.to(before))
+            t.step(own)
+    assert all(recording is not None for recording in take_steps._recorded.values())
+    assert len(take_steps._recorded) == 3
+    for a, b in zip(weights(one), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    for t, u in zip(one, other, strict=True):
+        assert t.lr == u.lr
+        assert float(u.optimizer.param_groups[0]["lr"]) == pytest.approx(u.lr)
+        assert t.num_taken == u.num_taken

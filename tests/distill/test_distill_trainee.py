@@ -192,6 +192,37 @@ def test_the_first_step_is_the_optimizers_formula(tmp_path, optimizer):
     np.testing.assert_allclose(trainee.module.weight.detach().numpy(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_restored_trainee_goes_on_as_the_one_before(tmp_path, optimizer, steps):
+    trainee = make(tmp_path / "one", optimizer=optimizer)
+    trainee.end_epoch(1.0)
+    for step in range(3):
+        trainee.step(batch(step))
+    trainee.end_epoch(0.5)
+    for step in range(steps):
+        trainee.step(batch(step))
+    torch.save(trainee.snapshot(), tmp_path / "snapshot")
+    other = make(tmp_path / "other", optimizer=optimizer)
+    with torch.no_grad():
+        other.module.weight.zero_()
+    other.restore(torch.load(tmp_path / "snapshot", weights_only=True))
+    assert (other.epoch, other.num_taken, other.lr) == (1, steps, trainee.lr)
+    for both in (trainee, other):
+        both.step(batch(7))
+        both.end_epoch(0.7)
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(trainee).items())
+    assert [line.model_dump(exclude={"time"}) for line in read_history(other.progress)] == [
+        line.model_dump(exclude={"time"}) for line in read_history(trainee.progress)
+    ]
+    for both in (trainee, other):
+        result_of(both, both.progress.parent / "item")
+    kept, expected = (
+        load_tensors(both.progress.parent / "item" / WEIGHTS) for both in (other, trainee)
+    )
+    assert all(torch.equal(kept[name], tensor) for name, tensor in expected.items())
+
+
 def test_validation_runs_in_evaluation_mode_and_weighs_by_images(tmp_path):
     trainee = make(tmp_path, loss="mse")
     trainee.module = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))

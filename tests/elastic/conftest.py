@@ -13,6 +13,6 @@ from pbkd.elastic.pool import NAMESPACE, ray_module
 def cluster() -> Iterator[str]:
     """The address of a cluster with room for four teachers."""
     ray = ray_module()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -21,7 +21,7 @@ class Desk:
 
     def finish(self, teacher: str, chunk: Chunk, now_s: float) -> None:
         self.files.add(chunk)
-        self.board.finish(teacher, now_s)
+        self.board.finish(teacher, chunk, now_s)
 
 
 def chunks(*numbers: int, view: int = 0) -> list[Chunk]:
@@ -59,6 +59,18 @@ def test_what_a_lost_teacher_had_taken_is_the_next_ones() -> None:
     assert desk.board.take("a", 0.0) == (0, 0)
     desk.board.leave("a")
     assert desk.board.take("b", 0.0) == (0, 0)
+
+
+def test_a_teacher_may_take_one_ahead_and_all_it_had_is_open_when_it_is_gone() -> None:
+    desk = Desk(patience_s=10.0)
+    desk.board.want("s", chunks(0, 1, 2), 0.0)
+    assert [desk.board.take("a", time_s) for time_s in (0.0, 1.0)] == [(0, 0), (0, 1)]
+    assert desk.board.take("b", 1.0) == (0, 2)
+    desk.finish("a", (0, 0), 4.0)
+    state = desk.board.stats(4.0).teachers["a"]
+    assert (state.chunks, state.since_s, state.busy_s) == ([(0, 1)], 4.0, 4.0)
+    desk.board.leave("a")
+    assert desk.board.take("b", 5.0) == (0, 1)
 
 
 def test_a_late_chunk_is_done_again_by_one_idle_teacher_at_a_time() -> None:
@@ -101,7 +113,7 @@ def test_stats_tell_who_waits_for_whom() -> None:
     stats = desk.board.stats(4.0)
     assert stats.waiting == {"s": 3.0}
     assert stats.num_wanted == 2
-    assert stats.teachers["a"].chunk == (0, 0)
+    assert stats.teachers["a"].chunks == [(0, 0)]
     desk.finish("a", (0, 0), 5.0)
     desk.board.want("s", chunks(0, 1, 2), 5.0)
     stats = desk.board.stats(6.0)

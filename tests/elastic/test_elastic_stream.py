@@ -35,7 +35,7 @@ class Desk:
         self.board.want(student, chunks, 0.0)
         if self.is_open and (chunk := self.board.take("t", 0.0)) is not None:
             label_chunk(self.plan, self.teacher, self.train, self.train.order(chunk[0]), chunk)
-            self.board.finish("t", 0.0)
+            self.board.finish("t", chunk, 0.0)
             self.labelled.append(chunk)
         return self.board.want(student, chunks, 0.0), 1
 

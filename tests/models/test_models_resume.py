@@ -249,6 +249,17 @@ def test_a_checkpoint_is_written_whole(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "a.pt", weights_only=True)["next_epoch"] == EPOCHS
 
 
+def test_a_flipped_bit_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = _result(tmp_path, checkpoint=None)
+    with pytest.raises(Killed):
+        _result(tmp_path, _after(7, _kill))
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # of a weight: torch itself would not see it
+    (tmp_path / "a.pt").write_bytes(content)
+    _assert_same(_result(tmp_path), expected)
+    assert "is damaged" in caplog.text
+
+
 @pytest.mark.parametrize("kept", [0, 10, 700, -1, -100])
 def test_a_damaged_checkpoint_begins_again_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
