@@ -13,6 +13,8 @@ from pbkd.tracking.fetch import fetch_version, open_registry
 from pbkd.tracking.versions import ModelVersion
 
 README = "README.md"
+PACKED = "model.pbkd"
+"""Where the student's recipe has the step `code`."""
 
 
 def check_free(folder: Path) -> None:
@@ -38,16 +40,23 @@ def export(workspace: Workspace, version: ModelVersion, folder: Path) -> None:
                 f"{version.uri} holds another model than the one that was registered; delete the "
                 "version, then run: pbkd register"
             )
-        (temporary / README).write_text(_readme(version, card))
+        packed = temporary / PACKED
+        packed_bytes = packed.stat().st_size if packed.is_file() else None
+        (temporary / README).write_text(_readme(version, card, packed_bytes))
 
 
-def _readme(version: ModelVersion, card: ModelCard) -> str:
+def _readme(version: ModelVersion, card: ModelCard, packed_bytes: int | None) -> str:
     height, width = card.image_size
     is_own = ":" in card.network.name
     load = 'pbkd.load(".", allow_code=True)' if is_own else 'pbkd.load(".")'
     code = (
         f"\nThe network comes from `{card.network.name}`, which must be on the Python path.\n"
         if is_own
+        else ""
+    )
+    packed = (
+        f"\n`{PACKED}` is the same model in {size_text(packed_bytes)}: `pbkd.load(\"{PACKED}\")`.\n"
+        if packed_bytes is not None
         else ""
     )
     limits = ", ".join(f"{figure} <= {limit:,.12g}" for figure, limit in version.limits.items())
@@ -66,7 +75,7 @@ print(model.class_names[logits.argmax()])
 
 It takes float32 NCHW in [0, 1], {card.network.in_channels} channels, made for {height} x {width}
 pixels; the normalisation is inside. It tells {len(card.class_names)} classes apart.
-{code}
+{code}{packed}
 | figure | value |
 |---|---|
 {_rows(version)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from pbkd.artifacts import Workspace
-from pbkd.errors import ArtifactError, did_you_mean
+from pbkd.errors import ArtifactError, ConfigError, did_you_mean
 from pbkd.models import Classifier, ModelCard, load_weights, read_card
 from pbkd.models.checkpoint import CARD
 from pbkd.settings import Settings
@@ -56,6 +56,8 @@ def load(source: str | Path, *, model: nn.Module | None = None, allow_code: bool
     Example:
         ``logits = pbkd.load("exported")(images)``
     """
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"pbkd.load: got {source!r}, expected a path, a name or models:/...")
     if isinstance(source, str) and source.startswith("models:"):
         return _from_registry(source, model, allow_code)
     if Path(source).suffix == PACKED and not Path(source).is_dir():

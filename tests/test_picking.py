@@ -264,6 +264,7 @@ def test_students_of_the_workspace_are_loaded_by_name(registry, workspace, tmp_p
 @pytest.mark.parametrize(
     ("source", "kind", "said"),
     [
+        (None, ConfigError, "got None, expected a path, a name or models:/"),
         ("models:/tiny", ConfigError, "expected models:/NAME/VERSION or models:/NAME@ALIAS"),
         ("models:/tiny/latest", ConfigError, "got `models:/tiny/latest`"),
         ("models:/tiny/77", TrackingError, "no version 77"),
