@@ -23,8 +23,8 @@ import harness
 import torch
 from workspaces import make_workspace, run_stages
 
-from flows.pool import SlotPool
 from flows.profile import profile_workers
+from flows.slot_pool import SlotPool
 from flows.slots import Slot
 from pbkd.activations import run_fill
 from pbkd.artifacts import Workspace, load_tensors

@@ -37,7 +37,7 @@ from pbkd.measure import (
 )
 from pbkd.report import BlockPhase, JobFigures
 from pbkd.stages import StageContext
-from pbkd.stages.context import recorded
+from pbkd.stages.context import energy_meter, recorded
 from pbkd.stages.distill import (
     DistillPlan,
     finish_distill,
@@ -112,7 +112,7 @@ def distill(root: str, state: str, params: str) -> None:
         subject = start(context)
         todo = subject.left_to_do(context.workspace.store)
         plan = DistillPlan(tuple(subject.trainees))
-        meter = EnergyMeter.of_this_machine()
+        meter = energy_meter(settings)
         with pools(settings) as opened:
             pool = opened.workers
             num_workers = len(pool.slots)

@@ -1,11 +1,8 @@
-"""The worker pool: runs jobs in one spawned process per device, kept alive between jobs.
+"""The worker pool: runs jobs on slots, each in a process of its own that is kept between jobs.
 
 It stands between the flow, whose tasks call ``run`` from many threads, and the library's jobs,
 which know nothing of it. The flow's own process never imports torch and never touches a device.
-
-A slot's process is a plain ``Process`` behind a pipe. ``ProcessPoolExecutor`` would not do: when
-its child dies and leaves a forked process behind, it notices neither the death nor, for that
-reason, the end of the interpreter.
+Here are the queue and the limits; ``slot_pool`` and ``ray_pool`` have the processes.
 """
 
 from __future__ import annotations
@@ -13,45 +10,30 @@ from __future__ import annotations
 import atexit
 import heapq
 import itertools
-import logging
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
-from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
-
-import psutil
+from typing import Generic, Protocol, Self, TypeVar
 
 from flows.slots import Slot
-from flows.worker import RESULT, log_line, name_of, serve
-from pbkd.errors import JobError, PoolClosedError, WorkspaceBusyError
-from pbkd.locks import device_lock_dir, file_lock
-from pbkd.settings import Settings
-
-log = logging.getLogger(__name__)
+from flows.worker import RESULT, log_line, name_of, pack_call, unpack_result
+from pbkd.errors import JobError, PoolClosedError
 
 T = TypeVar("T")
 
-_POLL_S = 0.1  # how often a running job is looked at
-_WAKE_S = 0.5  # how often a waiting run looks whether the pool was closed
+POLL_S = 0.1  # how often a running job, and the first of the waiting ones, is looked at
+WAKE_S = 0.5  # how often any other waiting run looks whether the pool was closed
 _CPU_STEP_S, _CPU_SHARE = 0.1, 0.002  # far more than the watchdog of a hung child takes
-_REAP_S = 2.0  # how long a killed child may take to go
-
-_SPAWN = multiprocessing.get_context("spawn")
 
 
 class WorkerPool(Protocol):
-    """What the flow needs of a pool; slots here, Ray as well."""
+    """What the flow needs of a pool; slots of this machine, or Ray's."""
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -74,16 +56,6 @@ class WorkerPool(Protocol):
         ...
 
 
-def make_pool(slots: Sequence[Slot], settings: Settings) -> SlotPool:
-    """The pool of this machine's slots."""
-    return SlotPool(
-        slots,
-        lock_dir=settings.lock_dir or device_lock_dir(),
-        job_timeout_s=settings.job_timeout_s,
-        hang_timeout_s=settings.hang_timeout_s,
-    )
-
-
 def run_all(pool: WorkerPool, calls: Sequence[Callable[[WorkerPool], T]]) -> list[T]:
     """Let calls use a pool at the same time, each in a thread of its own; results in their order.
 
@@ -102,37 +74,76 @@ def run_all(pool: WorkerPool, calls: Sequence[Callable[[WorkerPool], T]]) -> lis
             raise
 
 
-class SlotPool:
-    """A ``WorkerPool`` of spawned processes, one per slot; a context manager.
+class Worker(Protocol):
+    """The process of a slot, as its pool sees it."""
+
+    def send(self, payload: bytes) -> None:
+        """Give it a job."""
+        ...
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """Its next message, None if there is none in time; EOFError or OSError: it is gone."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether it is there, as far as is known."""
+        ...
+
+    def cpu_s(self) -> float | None:
+        """Processor time that it has taken, in seconds; None where that is not known."""
+        ...
+
+    def kill(self) -> None:
+        """Kill it and whatever it started; it must have been alive just now."""
+        ...
+
+    def wait(self) -> object:
+        """Wait a moment until a killed one is gone."""
+        ...
+
+    def release(self) -> None:
+        """Give back what this process holds of a killed one; nobody may use it any more."""
+        ...
+
+    def death(self) -> str:
+        """Say who is gone and how: "its process 12 was killed by SIGKILL"."""
+        ...
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class JobPool(ABC, Generic[W]):
+    """A ``WorkerPool``: the queue, the limits and the end of it; a context manager.
 
     Args:
         slots: where to run; names are unique.
-        lock_dir: folder of the machine-wide device locks.
         job_timeout_s: a job that runs longer is killed, in seconds.
         hang_timeout_s: a job is killed whose heartbeat file stays unchanged so long, or, if it has
             none, that takes no processor time, in seconds.
+        condition: guards the pool; pools that look into each other share one. Its lock must be
+            reentrant: a signal handler may call ``close`` on top of any line below.
     """
 
     def __init__(
         self,
         slots: Sequence[Slot],
         *,
-        lock_dir: Path,
         job_timeout_s: float,
         hang_timeout_s: float,
+        condition: threading.Condition | None = None,
     ) -> None:
         assert slots, "a pool without slots would wait for ever"
         assert len({slot.name for slot in slots}) == len(slots), "slot names must be unique"
         self.slots: Sequence[Slot] = tuple(slots)
-        self._lock_dir = lock_dir
         self._job_timeout_s = job_timeout_s
         self._hang_timeout_s = hang_timeout_s
         self._free = list(slots)
-        self._children: dict[Slot, _Child] = {}
+        self._workers: dict[Slot, W] = {}
         self._waiting: list[tuple[float, int]] = []
         self._numbers = itertools.count()
-        # Its lock is reentrant: a signal handler may call close() on top of any line below.
-        self._condition = threading.Condition()
+        self._num_inside = 0
+        self._condition = condition or threading.Condition()
         self._closed = False
         # multiprocessing waits at exit for children that nobody ended.
         atexit.register(self.close)
@@ -147,6 +158,23 @@ class SlotPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @abstractmethod
+    def _start(self, slot: Slot, *, preload: bool) -> W:
+        """Start the process of a slot; called with the lock held."""
+
+    def _pick(self) -> Slot | None:
+        """A free slot that can take a job now, if there is one; called with the lock held."""
+        # A slot with a living process has torch loaded.
+        return min(self._free, key=lambda free: free not in self._workers, default=None)
+
+    @contextmanager
+    def _held(self, slot: Slot) -> Iterator[None]:
+        """Hold the devices of a slot that was taken."""
+        yield
+
+    def _left(self) -> None:
+        """Called when a closed pool has no thread in ``run`` any more, perhaps twice."""
 
     def run(
         self,
@@ -169,39 +197,51 @@ class SlotPool:
             PbkdError: as raised by the job, with the worker's traceback as a note.
         """
         job = name_of(function)
-        payload = _pack_call(job, function, args)
-        slot = self._take_slot(priority)
-        try:
-            with ExitStack() as locks:
-                self._lock_devices(slot, locks)
-                if on_start is not None:
-                    on_start(slot)
-                outcome = self._run_on(slot, job, payload, heartbeat)
-        finally:
-            with self._condition:
-                self._free.append(slot)
-                self._condition.notify_all()
-        result, failure = pickle.loads(outcome)
-        if failure is not None:
-            raise failure.error(job, slot)
-        return result  # type: ignore[no-any-return]
+        payload = pack_call(job, function, args)
+        with self._inside():
+            slot = self._take_slot(priority)
+            try:
+                with self._held(slot):
+                    if on_start is not None:
+                        on_start(slot)
+                    outcome = self._run_on(slot, job, payload, heartbeat)
+            finally:
+                with self._condition:
+                    self._free.append(slot)
+                    self._condition.notify_all()
+        return unpack_result(outcome, job, slot)  # type: ignore[no-any-return]
 
     def preload(self) -> None:
         """Start all processes now; they import what jobs need while this one goes on."""
         for slot in self.slots:
-            self._child_of(slot, preload=True)
+            self._worker_of(slot, preload=True)
 
     def close(self) -> None:
-        """Refuse new work and kill all children; safe to call twice and from signal handlers."""
+        """Refuse new work and kill all workers; safe to call twice and from signal handlers."""
         with self._condition:
             self._closed = True
-            children = [child for child in self._children.values() if child.process.is_alive()]
+            workers = [worker for worker in self._workers.values() if worker.is_alive()]
             self._condition.notify_all()
-        for child in children:
-            child.kill()
-        for child in children:
-            child.wait()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.wait()
         atexit.unregister(self.close)
+        with self._condition:
+            if not self._num_inside:
+                self._left()
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        with self._condition:
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._num_inside -= 1
+                if self._closed and not self._num_inside:
+                    self._left()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -213,12 +253,10 @@ class SlotPool:
             heapq.heappush(self._waiting, ticket)
             try:
                 self._refuse_if_closed()
-                while not (self._free and self._waiting[0] == ticket):
+                while (slot := self._pick() if self._waiting[0] == ticket else None) is None:
                     # Not for ever: a close() from a signal handler can miss a waiter.
-                    self._condition.wait(_WAKE_S)
+                    self._condition.wait(POLL_S if self._waiting[0] == ticket else WAKE_S)
                     self._refuse_if_closed()
-                # A slot with a living child has torch loaded.
-                slot = min(self._free, key=lambda free: free not in self._children)
                 self._free.remove(slot)
                 return slot
             finally:
@@ -226,68 +264,61 @@ class SlotPool:
                 heapq.heapify(self._waiting)
                 self._condition.notify_all()
 
-    def _lock_devices(self, slot: Slot, locks: ExitStack) -> None:
-        for name in sorted(slot.locks):  # one order for everybody, or two runs block each other
-            path, what = self._lock_dir / f"{name}.lock", f"device {name}"
-            told = False
-            while True:
-                self._refuse_if_closed()
-                try:
-                    locks.enter_context(file_lock(path, what, timeout_s=_WAKE_S))
-                    break
-                except WorkspaceBusyError as busy:
-                    if not told:
-                        log.warning("slot %s is waiting: %s", slot.name, busy)
-                    told = True
-
     def _run_on(self, slot: Slot, job: str, payload: bytes, heartbeat: Path | None) -> bytes:
-        child = self._child_of(slot)
+        worker = self._worker_of(slot)
         try:
-            return self._watch(child, job, payload, heartbeat)
-        except BaseException:  # also Ctrl-C: the child must not work on in a slot that is free
+            return self._watch(worker, f"job {job} on slot {slot.name}", payload, heartbeat)
+        except BaseException:  # also Ctrl-C: the job must not work on in a slot that is free
             with self._condition:
-                self._children.pop(slot, None)
-            child.kill()
-            child.wait()
-            child.pipe.close()
+                self._workers.pop(slot, None)
+            worker.kill()
+            worker.wait()
+            worker.release()
             raise
 
-    def _child_of(self, slot: Slot, *, preload: bool = False) -> _Child:
-        with self._condition:  # so that close() sees every child
+    def _worker_of(self, slot: Slot, *, preload: bool = False) -> W:
+        with self._condition:  # so that close() sees every worker
             self._refuse_if_closed()
-            child = self._children.get(slot)
-            if child is None or not child.process.is_alive():
-                child = self._children[slot] = _Child(slot, preload=preload)
-            return child
+            worker = self._workers.get(slot)
+            if worker is None or not worker.is_alive():
+                worker = self._begin(slot, preload=preload)
+            return worker
 
-    def _watch(self, child: _Child, job: str, payload: bytes, heartbeat: Path | None) -> bytes:
-        where = f"job {job} on slot {child.slot.name}"
+    def _begin(self, slot: Slot, *, preload: bool) -> W:
+        worker = self._workers[slot] = self._start(slot, preload=preload)
+        if self._closed:  # by a signal handler, which did not see it
+            worker.kill()
+            worker.wait()
+            self._refuse_if_closed()
+        return worker
+
+    def _watch(self, worker: W, where: str, payload: bytes, heartbeat: Path | None) -> bytes:
         started = last_sign = time.monotonic()
         step_s = max(_CPU_STEP_S, _CPU_SHARE * self._hang_timeout_s)
         sent_ns = time.time_ns()
-        beat = _signs_of_life(child, heartbeat, step_s, sent_ns)
+        beat = _sign_of_life(worker, heartbeat, step_s, sent_ns)
         try:
-            child.pipe.send_bytes(payload)
+            worker.send(payload)
             while True:
-                if child.pipe.poll(_POLL_S):
-                    kind, content = _received(child)
+                was_alive = worker.is_alive()
+                if (message := worker.receive(POLL_S)) is not None:
+                    kind, content = message[:1], message[1:]
                     if kind == RESULT:
                         return content
                     log_line(content)
                     last_sign = time.monotonic()
+                elif not was_alive:
+                    raise EOFError
                 now = time.monotonic()
-                if (seen := _signs_of_life(child, heartbeat, step_s, sent_ns)) != beat:
+                if (seen := _sign_of_life(worker, heartbeat, step_s, sent_ns)) != beat:
                     beat, last_sign = seen, now
                 self._check_limits(where, now - started, heartbeat, now - last_sign)
-                # A forked grandchild can hold the pipe open, so its end is no sure sign of death.
-                if not child.process.is_alive() and not child.pipe.poll():
-                    raise EOFError
         except (EOFError, OSError):
             duration_s = time.monotonic() - started
             if self._closed:
                 raise PoolClosedError(f"{where} was stopped: the worker pool is closed") from None
             raise JobError(
-                f"{where}: its process {child.process.pid} {child.end()} after {duration_s:.1f} s; "
+                f"{where}: {worker.death()} after {duration_s:.1f} s; "
                 "the slot gets a fresh process: run the job again (SIGKILL from outside often "
                 "means out of memory: see dmesg)"
             ) from None
@@ -310,66 +341,8 @@ class SlotPool:
             )
 
 
-def _received(child: _Child) -> tuple[bytes, bytes]:
-    message = child.pipe.recv_bytes()
-    return message[:1], message[1:]
-
-
-class _Child:
-    """The living process of a slot and the pipe to it."""
-
-    def __init__(self, slot: Slot, *, preload: bool) -> None:
-        self.slot = slot
-        self.pipe, theirs = _SPAWN.Pipe()
-        # Not daemonic: a daemonic process may not have children, such as a data loader's.
-        self.process = _SPAWN.Process(
-            target=serve,
-            args=(theirs, slot, os.getpid()),
-            kwargs={"preload": preload},
-            name=f"pbkd {slot.name}",
-            daemon=False,
-        )
-        with _sigint_blocked():
-            self.process.start()
-        theirs.close()
-
-    def kill(self) -> None:
-        """Kill the child and whatever it started; the child must have been alive just now."""
-        pid = self.process.pid
-        assert pid is not None
-        # Before its first instruction of ours the child is in our own group: then no group `pid`.
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        self.process.kill()
-
-    def wait(self) -> int | None:
-        """Wait until the child is gone and return its exit code; None after two seconds."""
-        deadline = time.monotonic() + _REAP_S
-        while self.process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)  # join() would wait for forked grandchildren too
-        return self.process.exitcode
-
-    def end(self) -> str:
-        """Say how the child ended."""
-        code = self.wait()
-        if code is not None and code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"ended with status {code}"
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    # A child inherits the mask: Ctrl-C while it still imports would print a traceback.
-    resource_tracker.ensure_running()  # its own start would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _signs_of_life(
-    child: _Child, heartbeat: Path | None, step_s: float, sent_ns: int
+def _sign_of_life(
+    worker: Worker, heartbeat: Path | None, step_s: float, sent_ns: int
 ) -> int | None:
     """What changes while a job is alive: its file, or else its processor time in steps.
 
@@ -380,17 +353,7 @@ def _signs_of_life(
             touched_ns = heartbeat.stat().st_mtime_ns
             if touched_ns > sent_ns:
                 return touched_ns
-        times = psutil.Process(child.process.pid).cpu_times()
-        return int((times.user + times.system) / step_s)
-    except (OSError, psutil.Error):  # not there yet, or out of reach: no sign of life
+    except OSError:  # out of reach: no sign of life
         return None
-
-
-def _pack_call(job: str, function: Callable[..., object], args: tuple[object, ...]) -> bytes:
-    try:
-        return pickle.dumps((sys.path, pickle.dumps((function, args))))
-    except Exception as error:
-        raise JobError(
-            f"job {job} cannot be sent to a worker: {error}; use a function at the top level of a "
-            "module, and paths and plain values as arguments"
-        ) from error
+    cpu_s = worker.cpu_s()
+    return None if cpu_s is None else int(cpu_s / step_s)

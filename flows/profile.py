@@ -31,4 +31,4 @@ def profile_on(job: ProfileJob, pool: WorkerPool) -> Profile:
 def _described(slot: Slot) -> str:
     """A worker as the key of a profile names it: what may change its speed."""
     which = slot.locks if slot.device == "cuda" else ()  # a core is like any other
-    return " ".join([slot.device, str(slot.threads), *which])
+    return " ".join([slot.device, str(slot.threads), *which, slot.machines]).rstrip()

@@ -23,6 +23,7 @@ class Slot:
         visible_devices: CUDA_VISIBLE_DEVICES of the job; "" hides every GPU, None leaves it.
         threads: CPU threads for torch, OpenMP and MKL, at least 1.
         locks: machine-wide device locks to hold while a job runs.
+        machines: where it may be, if that is not this machine alone; for people and keys.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Slot:
     visible_devices: str | None
     threads: int
     locks: tuple[str, ...]
+    machines: str = ""
 
 
 def worker_slots(settings: Settings) -> list[Slot]:

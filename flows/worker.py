@@ -1,4 +1,7 @@
-"""The process of a slot: it takes jobs from a pipe, and ends when its parent is gone."""
+"""What a worker does with its jobs, and the process of a slot, which takes them from a pipe.
+
+Jobs, results, failures and log lines travel as bytes, packed and unpacked here for every pool.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -15,13 +19,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flows.slots import Slot
 from pbkd.allocator import keep_freed_memory
-from pbkd.errors import JobError, JobFailedError, PbkdError
+from pbkd.errors import ConfigError, JobError, JobFailedError, PbkdError
 
-RESULT, LOG = b"R", b"L"  # first byte of what a child sends
+RESULT, LOG = b"R", b"L"  # first byte of what a worker sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
 
 
@@ -31,61 +36,72 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int, *, preload: bool = Fals
     Args:
         preload: import what the pipeline's jobs need before the first one comes.
     """
-    # Before anything can import torch: OpenMP and CUDA read the environment once.
+    sending = threading.Lock()
+
+    def send(message: bytes) -> None:
+        with sending:
+            pipe.send_bytes(message)
+
+    prepare(slot, send)
+    # A group of its own: what a job starts can be killed with it, even after a crash.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
+    if preload:
+        import_libraries()
+    while True:
+        try:
+            payload = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        send(call(payload, slot.threads))
+
+
+def prepare(slot: Slot, send: Callable[[bytes], object]) -> None:
+    """Make this process a worker of the slot; before anything in it imports torch.
+
+    Args:
+        send: takes each line that the library logs, as a message to the pool's process.
+    """
+    # OpenMP and CUDA read the environment once
     threads = str(slot.threads)
     os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     os.environ["MKL_DYNAMIC"] = "FALSE"  # or MKL takes fewer, at most one per physical core
     if slot.visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.visible_devices
     keep_freed_memory()
-    # A group of its own: what a job starts can be killed with it, even after a crash.
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
-    to_parent = _LogToParent(pipe)
     logging.getLogger("pbkd").setLevel(logging.INFO)
-    logging.getLogger("pbkd").addHandler(to_parent)
-    if preload:
-        with suppress(Exception):  # the job that needs what is broken will say so
-            _import_libraries()
-    while True:
-        try:
-            payload = pipe.recv_bytes()
-        except (EOFError, OSError):
-            return
-        outcome = _call(payload, slot.threads)
-        with to_parent.sending:
-            pipe.send_bytes(RESULT + outcome)
+    logging.getLogger("pbkd").addHandler(_LogSender(send))
 
 
-def _import_libraries() -> None:
-    """Import the stages, and what torch's first optimizer imports."""
-    import torch
+def import_libraries() -> None:
+    """Import the stages, and what torch's first optimizer imports; a failure is left to the job."""
+    with suppress(Exception):
+        import torch
 
-    from pbkd.stages import STAGES
+        from pbkd.stages import STAGES
 
-    for name in STAGES:
-        importlib.import_module(f"pbkd.stages.{name}")
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        for name in STAGES:
+            importlib.import_module(f"pbkd.stages.{name}")
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
 
-class _LogToParent(logging.Handler):
-    """Sends what the library logs through the pipe; the parent knows where to show it."""
+class _LogSender(logging.Handler):
+    """Sends what the library logs; the pool's process knows where to show it."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, send: Callable[[bytes], object]) -> None:
         super().__init__()
-        self.sending = threading.Lock()
-        self._pipe = pipe
+        self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         line = pickle.dumps((record.name, record.levelno, record.getMessage()))
-        with self.sending, suppress(OSError):
-            self._pipe.send_bytes(LOG + line)
+        with suppress(OSError):
+            self._send(LOG + line)
 
 
 def log_line(line: bytes) -> None:
-    """Log in this process what a child logged."""
+    """Log in this process what a worker logged."""
     name, level, message = pickle.loads(line)
     logging.getLogger(name).log(level, "%s", message)
 
@@ -98,17 +114,58 @@ def _end_with_parent(parent_pid: int) -> NoReturn:
     os._exit(1)
 
 
-def _call(payload: bytes, threads: int) -> bytes:
+def pack_call(job: str, function: Callable[..., object], args: tuple[object, ...]) -> bytes:
+    """A job as a worker takes it, with this process's folder and path.
+
+    Raises:
+        JobError: function or arguments cannot be pickled.
+    """
     try:
+        return pickle.dumps((str(Path.cwd()), sys.path, pickle.dumps((function, args))))
+    except Exception as error:
+        raise JobError(
+            f"job {job} cannot be sent to a worker: {error}; use a function at the top level of a "
+            "module, and paths and plain values as arguments"
+        ) from error
+
+
+def call(payload: bytes, threads: int) -> bytes:
+    """Run what ``pack_call`` has packed; a message with its result or its failure."""
+    try:
+        folder, path, packed = pickle.loads(payload)
+        _go_to(folder)
         # The parent's path may have grown since: a user's modules lie in the workspace.
-        sys.path[:], call = pickle.loads(payload)
-        function, args = pickle.loads(call)
+        sys.path[:] = path
+        function, args = pickle.loads(packed)
         # Again for each job: __main__ may have loaded torch early, a job may have changed it.
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(threads)
-        return _pack_result(function, function(*args))
+        return RESULT + _pack_result(function, function(*args))
     except BaseException as error:  # noqa: BLE001  sys.exit() in a job must not end the worker
-        return _pack_failure(error)
+        return RESULT + _pack_failure(error)
+
+
+def _go_to(folder: str) -> None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{socket.gethostname()}: the folder of the run, {folder}, cannot be entered: "
+            f"{error.strerror}; all machines need the workspace at the same path of a shared disk"
+        ) from None
+
+
+def unpack_result(outcome: bytes, job: str, slot: Slot) -> Any:
+    """A job's result.
+
+    Raises:
+        PbkdError: as the job raised it, with the worker's traceback as a note.
+        JobFailedError: the job raised something else.
+    """
+    result, failure = pickle.loads(outcome)
+    if failure is not None:
+        raise failure.error(job, slot)
+    return result
 
 
 def _pack_result(function: Callable[..., object], result: object) -> bytes:

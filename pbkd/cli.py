@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +37,7 @@ _EXIT_USAGE = 2
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
 _INTERRUPT_GRACE_S = 6.0
+_LEFT_OVERS = ("checkpoints", "labels")  # of the state folder, beside the store
 _MAX_JOBS = 20  # that `plan` lists; its page has them all
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
@@ -320,9 +322,7 @@ def plan(
     Costs are measured once per machine, by as many workers as a run has. One worker and as many as
     this machine has are always shown. Example: `pbkd plan --workers 1,2,4,8,64`
     """
-    from flows.pool import make_pool
     from flows.profile import profile_workers
-    from flows.slots import worker_slots
     from pbkd.artifacts import atomic_path
     from pbkd.report import plan as report_plan
     from pbkd.stages import StageContext
@@ -334,16 +334,16 @@ def plan(
     context = StageContext.load(workspace)
     params, config = context.params, context.params.activations
     subject = Subject.of(workspace, config, params.distill, params.seed)
-    slots = worker_slots(context.settings)
     if remeasure:
         forget_profiles(workspace)
-    with make_pool(slots, context.settings) as pool:
-        profile = profile_workers(context, subject, pool)
+    with _pools() as opened:
+        here = len(opened.workers.slots)
+        profile = profile_workers(context, subject, opened.workers)
     limit = allowed_bytes(workspace, config) if config.source == "auto" else float("inf")
     plans = report_plan.Plans(
         network=subject.card.network.name,
-        by_workers=plans_of(subject, profile, {*numbers, 1, len(slots)}, config.source, limit),
-        here=len(slots),
+        by_workers=plans_of(subject, profile, {*numbers, 1, here}, config.source, limit),
+        here=here,
         profile=profile,
     )
     _print_table(report_plan.workers_table(plans))
@@ -525,12 +525,33 @@ def unpack(
 
 
 @app.command()
+def teachers(
+    *, watch: Annotated[bool, typer.Option(help="Again every second, until Ctrl-C.")] = False
+) -> None:
+    """Show the elastic teachers of a run: rates, queue, and who waits for whom."""
+    from pbkd.elastic.status import FILE, read_status
+    from pbkd.report.teachers import teacher_lines, teacher_table
+
+    path = _workspace().state / FILE
+    while True:
+        status = read_status(path)
+        if status is None:
+            print("No elastic teachers are at work here.")
+        else:
+            _print_table(teacher_table(status))
+            print("\n".join(teacher_lines(status)))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+@app.command()
 def gc() -> None:
-    """Empty the store of finished trainees and cache shards, and checkpoints; outputs stay."""
+    """Empty the store of finished items, checkpoints, and labels of views; outputs stay."""
     workspace = _workspace()
     with workspace_lock(workspace.root, workspace.state):
-        shutil.rmtree(workspace.store.root, ignore_errors=True)
-        shutil.rmtree(workspace.state / "checkpoints", ignore_errors=True)
+        for folder in (workspace.store.root, *map(workspace.state.joinpath, _LEFT_OVERS)):
+            shutil.rmtree(folder, ignore_errors=True)
     print(f"emptied {workspace.store.root}")
 
 

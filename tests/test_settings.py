@@ -15,13 +15,14 @@ def test_values_come_as_strings() -> None:
         {
             "PBKD_WORKERS": "3",
             "PBKD_DEVICE": "cpu",
+            "PBKD_RUNNER": "ray",
             "PBKD_JOB_TIMEOUT_S": "1.5",
             "PBKD_STATE_DIR": "/some/where",
             "HOME": "/not/ours",
         }
     )
     assert settings == Settings(
-        workers=3, device="cpu", job_timeout_s=1.5, state_dir=Path("/some/where")
+        workers=3, device="cpu", runner="ray", job_timeout_s=1.5, state_dir=Path("/some/where")
     )
 
 

@@ -8,6 +8,9 @@ import pytest
 
 from flows.distill import gpu_alone
 from flows.slots import Slot
+from pbkd.measure import EnergyMeter
+from pbkd.settings import Settings
+from pbkd.stages.context import energy_meter
 from tests.measure.test_measure_nvml import Bindings, Gpu, install, machine_pids
 
 __all__ = ["machine_pids"]  # a fixture
@@ -51,3 +54,8 @@ def test_a_share_of_the_cores_is_never_alone(
 
 def test_without_a_driver_nothing_is_known() -> None:
     assert gpu_alone(SECOND_GPU) is None
+
+
+def test_where_other_machines_may_work_no_energy_is_measured() -> None:
+    assert energy_meter(Settings(runner="ray")).devices == ()
+    assert energy_meter(Settings()).devices == EnergyMeter.of_this_machine().devices

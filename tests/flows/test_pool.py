@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import pool_jobs
 import psutil
 import pytest
 
-from flows.pool import SlotPool, WorkerPool
+from flows.pool import WorkerPool
+from flows.slot_pool import SlotPool
 from flows.slots import Slot, whole_machine_slot, worker_slots
+from flows.worker import call, unpack_result
 from pbkd.errors import ConfigError, JobError, MissingExtraError, TrainingError
 from pbkd.settings import Settings
 
@@ -99,6 +102,18 @@ def test_a_job_finds_modules_on_a_path_that_came_after_its_process(
         assert not pool.run(pool_jobs.can_import, "of_the_user")
         monkeypatch.syspath_prepend(tmp_path)
         assert pool.run(pool_jobs.can_import, "of_the_user")
+
+
+def test_a_job_runs_in_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_pool(tmp_path) as pool:
+        assert pool.run(os.getcwd) == str(Path.cwd())
+        monkeypatch.chdir(tmp_path)
+        assert pool.run(os.getcwd) == str(tmp_path)
+    elsewhere = call(pickle.dumps((str(tmp_path / "absent"), sys.path, b"")), threads=1)
+    with pytest.raises(ConfigError, match=r"absent, cannot be entered: No such .* shared disk"):
+        unpack_result(elsewhere[1:], "add", cpu_slot())
 
 
 def test_slots_work_at_the_same_time(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
@@ -318,7 +333,7 @@ SCRIPT = """\
 import os, signal, sys, time
 from pathlib import Path
 import pool_jobs
-from flows.pool import SlotPool
+from flows.slot_pool import SlotPool
 from flows.slots import Slot
 
 folder = Path(sys.argv[1])
