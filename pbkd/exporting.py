@@ -55,7 +55,7 @@ def _readme(version: ModelVersion, card: ModelCard, packed_bytes: int | None) ->
         else ""
     )
     packed = (
-        f"\n`{PACKED}` is the same model in {size_text(packed_bytes)}: `pbkd.load(\"{PACKED}\")`.\n"
+        f'\n`{PACKED}` is the same model in {size_text(packed_bytes)}: `pbkd.load("{PACKED}")`.\n'
         if packed_bytes is not None
         else ""
     )
