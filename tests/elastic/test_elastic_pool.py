@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ELASTIC = "finetune: {teachers: elastic, views: 2, epochs: 3}"
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -70,7 +70,7 @@ def stream_of(
 
     card, prepared = read_card(job.student), load_prepared(job.prepared)
     train, _ = job.streams(card, prepared, views=len(plan.keys))
-    given = {"deadline_s": 30.0, "may_lack": False} | settings
+    given = {"deadline_s": 120.0, "may_lack": False} | settings
     board = RayBoard(pool.board, pool.address)
     return LabelStream(plan, board, name, train, len(card.class_names), **given)  # type: ignore[arg-type]
 
@@ -141,6 +141,7 @@ def test_a_stopped_teacher_is_replaced(
     assert read(labels, teacher, 0) == plan.num_images // 50 * 50
 
 
+@pytest.mark.slow
 def test_the_board_comes_back(
     context: StageContext, plan: LabelPlan, pool: TeacherPool, teacher: Classifier
 ) -> None:
@@ -158,14 +159,15 @@ def test_without_teachers_it_is_an_error_after_the_deadline(
         began_s = time.monotonic()
         with pytest.raises(TrainingError, match=r"no label of the teacher came for 1 s"):
             labels(next(labels.train.epoch(0, 50)))
-        assert 1.0 <= time.monotonic() - began_s < 10.0
+        assert 1.0 <= time.monotonic() - began_s < 60.0
 
 
+@pytest.mark.slow
 def test_without_teachers_a_student_goes_on_and_takes_them_again(
     context: StageContext, plan: LabelPlan, pool: TeacherPool, teacher: Classifier
 ) -> None:
     labels = stream_of(context, plan, pool, deadline_s=1.0, may_lack=True)
-    labels.deadline_s = 30.0
+    labels.deadline_s = 120.0
     assert read(labels, teacher, 0) > 0
     pool.size = PoolSize(0, 0)  # none may come
     for name in list(pool._teachers):
