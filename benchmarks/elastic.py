@@ -236,7 +236,7 @@ def _elastic(case: Case, num_teachers: int, rounds: int) -> Iterator[Callable[[]
 
         def run() -> float:
             took_s = epoch()
-            labels.close()  # or the next view would be labelled while others are measured
+            labels.rest()  # or the next view would be labelled while others are measured
             time.sleep(0.2)
             return took_s
 

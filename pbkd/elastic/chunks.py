@@ -23,9 +23,11 @@ from pbkd.artifacts import Store, load_tensors, new_array, save_tensors, write_j
 from pbkd.data.batches import Stream
 from pbkd.elastic.board import Chunk
 from pbkd.elastic.soft_labels import LABELS, RECORD, kept_of
+from pbkd.locks import file_lock
 from pbkd.models import Classifier
 
 _ROWS, _SECONDS = "rows", "seconds"
+_KEEPING_S = 600.0  # of writing a view, at most
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,20 @@ def read_chunk(plan: LabelPlan, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]
 
 
 def keep_view(plan: LabelPlan, view: int) -> bool:
-    """Put a view into the store if all of its chunks are there; returns whether it is."""
+    """Put a view into the store if all of its chunks are there; returns whether it is.
+
+    Students come to a view's end at the same time: one of them does it, the others wait for it.
+    """
     if plan.is_kept(view):
         return True
     chunks = [(view, number) for number in range(plan.num_chunks)]
     if not all(plan.path(chunk).is_file() for chunk in chunks):
-        return False
-    Store(plan.store).put(LABELS, plan.keys[view], _assembling(plan, chunks))
-    shutil.rmtree(plan.path(chunks[0]).parent, ignore_errors=True)
+        return plan.is_kept(view)
+    key = plan.keys[view]
+    with file_lock(plan.folder / f"{key}.lock", f"labels of view {view}", timeout_s=_KEEPING_S):
+        if not plan.is_kept(view):
+            Store(plan.store).put(LABELS, key, _assembling(plan, chunks))
+            shutil.rmtree(plan.folder / key, ignore_errors=True)
     return True
 
 

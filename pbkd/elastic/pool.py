@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ from pbkd.errors import MissingExtraError
 _log = logging.getLogger(__name__)
 
 NAMESPACE = "pbkd"
+_AUTH_MODE = "RAY_AUTH_MODE"
 _TICK_S = 0.25
 _IDLE_S = 0.05  # how long a teacher waits before it asks again
 _GROW_S = 0.5  # a student that waits longer gets a teacher more
@@ -157,11 +159,18 @@ def work_on(name: str, board: Any, label: Callable[[Chunk], None]) -> None:
 
 
 class RayBoard:
-    """A student's way to the board: it waits while the board's actor comes back."""
+    """A student's way to the board: it waits while the board's actor comes back.
 
-    def __init__(self, name: str, address: str) -> None:
-        connect(address)
+    Args:
+        name, address, auth_mode: of ``TeacherPool``.
+    """
+
+    def __init__(self, name: str, address: str, auth_mode: str = "") -> None:
+        if auth_mode:  # Ray sets it in the process that starts a cluster, and in no other
+            os.environ[_AUTH_MODE] = auth_mode
         self._ray = ray_module()
+        self._joined = not self._ray.is_initialized()
+        connect(address)
         self._actor = self._ray.get_actor(name, namespace=NAMESPACE)
 
     def want(self, student: str, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
@@ -177,6 +186,11 @@ class RayBoard:
         """See ``LabelBoard``."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.get(self._actor.leave_student.remote(student))
+
+    def close(self) -> None:
+        """Leave the cluster if it was joined for this: it would take this process down with it."""
+        if self._joined:
+            self._ray.shutdown()
 
 
 @dataclass
@@ -198,7 +212,7 @@ class _Teacher:
 class TeacherPool:
     """Starts teachers while students wait, ends idle ones, replaces those that die or hang.
 
-    A context manager. ``board`` and ``address`` are what students need.
+    A context manager. ``board``, ``address`` and ``auth_mode`` are what students need.
 
     Args:
         status: file that tells what goes on, once a second; for `pbkd teachers`.
@@ -210,11 +224,18 @@ class TeacherPool:
         self._started_ray = connect()
         self._ray = ray_module()
         self.address: str = self._ray.get_runtime_context().gcs_address
+        self.auth_mode = os.environ.get(_AUTH_MODE, "")
         self.board = f"board-{os.getpid()}-{time.monotonic_ns()}"
         # restarts: its state is what students say, and files
         self._actor = (
             self._ray.remote(_BoardActor)
-            .options(name=self.board, num_cpus=0, max_restarts=-1, max_task_retries=-1)
+            .options(
+                name=self.board,
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+            )
             .remote(plan)
         )
         self._ray.get(self._actor.look.remote(0))  # it is there before anybody asks for it
@@ -223,7 +244,10 @@ class TeacherPool:
         self._last_error = ""
         self._is_closed = threading.Event()
         self._written_s = 0.0
-        self._thread = threading.Thread(target=self._manage, name="teachers", daemon=True)
+        # in a copy of the context: there the caller's loggers are found
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._manage,), name="teachers", daemon=True
+        )
 
     def __enter__(self) -> Self:
         for _ in range(self.size.min_teachers):

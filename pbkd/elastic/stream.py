@@ -35,6 +35,10 @@ class LabelBoard(Protocol):
         """The student reads no more."""
         ...
 
+    def close(self) -> None:
+        """Nobody asks by this way any more."""
+        ...
+
 
 class LabelStream:
     """The teacher's logits for batches of a stream, from teachers that come and go.
@@ -113,9 +117,14 @@ class LabelStream:
         on_device = {name: values.to(self.train.device) for name, values in kept.items()}
         return logits_of(on_device, self.num_classes, self.plan.temperature)
 
-    def close(self) -> None:
-        """Tell the board that nothing is read any more."""
+    def rest(self) -> None:
+        """Tell the board that nothing is read for now."""
         self.board.leave_student(self.student)
+
+    def close(self) -> None:
+        """Tell the board that nothing is read any more, and leave it."""
+        self.rest()
+        self.board.close()
 
     def _reads_store(self) -> bool:
         return self._is_kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -110,21 +111,22 @@ def run_finetune(job: FinetuneJob) -> None:
         student, card = load_model(job.student, allow_code=True)
         prepared = load_prepared(job.prepared)
         train, val = job.streams(card, prepared, views=len(job.labels) or None)
-        teacher = _teacher(job, train, len(card.class_names))
+        with ExitStack() as stack:
+            teacher = _teacher(job, train, len(card.class_names))
+            if isinstance(teacher, LabelStream):
+                stack.callback(teacher.close)
+                train.views = teacher.view_of
+            result = finetune(
+                student.to(best_device()),
+                teacher,
+                train,
+                val,
+                job.config,
+                job.history,
+                job.checkpoint,
+                job.heartbeat.touch,
+            )
         if isinstance(teacher, LabelStream):
-            train.views = teacher.view_of
-        result = finetune(
-            student.to(best_device()),
-            teacher,
-            train,
-            val,
-            job.config,
-            job.history,
-            job.checkpoint,
-            job.heartbeat.touch,
-        )
-        if isinstance(teacher, LabelStream):
-            teacher.close()
             result = result.model_copy(update={"num_lacking": teacher.num_lacking})
         kept = [store.path(LABELS, key) for key in job.labels if store.has(LABELS, key)]
         duration_s = result.duration_s + labels_s(kept)
@@ -144,7 +146,7 @@ def _teacher(
     if job.board:
         return LabelStream(
             label_plan(job),
-            RayBoard(job.board, job.address),
+            RayBoard(job.board, job.address, job.auth_mode),
             job.key,
             train,
             num_classes,

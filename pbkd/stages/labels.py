@@ -130,6 +130,7 @@ def teachers_of(
         way = {
             "board": pool.board,
             "address": pool.address,
+            "auth_mode": pool.auth_mode,
             "deadline_s": settings.teacher_deadline_s,
         }
         yield [job.model_copy(update=way) for job in jobs]

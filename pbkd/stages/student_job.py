@@ -73,7 +73,7 @@ class FinetuneJob(StudentJob):
         labels: keys of the store's items with the teacher's labels of view 0, 1, ...; none where
             the teacher itself is asked.
         board: name of the board of elastic teachers; empty: all labels are in the store.
-        address: of their cluster.
+        address, auth_mode: of their cluster.
         deadline_s: how long no label may come.
     """
 
@@ -82,4 +82,5 @@ class FinetuneJob(StudentJob):
     labels: tuple[str, ...] = ()
     board: str = ""
     address: str = ""
+    auth_mode: str = ""
     deadline_s: float = 0.0

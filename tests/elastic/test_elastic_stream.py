@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from pbkd.artifacts import Store, Workspace, load_tensors
 from pbkd.data import Stream
+from pbkd.elastic import chunks
 from pbkd.elastic.board import Board, Chunk
 from pbkd.elastic.chunks import LabelPlan, keep_view, label_chunk
 from pbkd.elastic.soft_labels import LABELS
@@ -41,6 +46,9 @@ class Desk:
 
     def leave_student(self, student: str) -> None:
         self.board.leave_student(student)
+
+    def close(self) -> None:
+        self.is_open = False
 
 
 class Case:
@@ -111,6 +119,27 @@ def test_a_finished_view_is_an_item_of_the_store_and_its_chunks_are_gone(case: C
     assert not case.plan.is_kept(1)
     assert keep_view(case.plan, 0)
     assert not keep_view(case.plan, 1)
+
+
+def test_students_that_end_a_view_at_the_same_time_keep_it_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = case.desk.train.order(0)
+    for number in range(case.plan.num_chunks):
+        label_chunk(case.plan, case.teacher, case.desk.train, order, (0, number))
+    written: list[int] = []
+    assembling = chunks._assembling
+
+    def counted(*args: Any) -> Any:
+        written.append(1)
+        time.sleep(0.2)
+        return assembling(*args)
+
+    monkeypatch.setattr(chunks, "_assembling", counted)
+    plans = [replace(case.plan) for _ in range(6)]  # each knows nothing of the others
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(lambda plan: keep_view(plan, 0), plans)) == [True] * 6
+    assert written == [1]
 
 
 def test_a_student_asks_for_a_bounded_number_of_chunks(case: Case) -> None:
