@@ -33,9 +33,8 @@ _WORK = b"W"  # first byte of an actor's message, like those of flows.worker: pr
 _WORK_S = 1.0  # how often a silent job's actor sends it
 _PING_S = 0.02  # how long an idle actor may take to say that it is there
 _CONNECT_S = 10.0  # Ray itself would try for minutes
-_BUSY_S = (
-    30.0  # how long a slot waits for room before it says so, or, where there is none, gives up
-)
+_BUSY_S = 30.0
+"""How long a slot waits for room before it says so, or, where there is none, gives up."""
 _LOOK_S = 5.0  # how often it then looks again
 _REASON_CHARS = 500  # the end of a text that is not known here: of a traceback it names the error
 _OBJECT_STORE_BYTES = 100 << 20  # of a local Ray; the least is 75 MiB, and nothing large goes there
