@@ -1,6 +1,7 @@
 """What a running block phase shows: bars in the terminal, an artifact in Prefect, series in MLflow.
 
-The jobs write histories; a thread here reads them as they grow. No job knows who watches.
+The jobs write histories; a thread here reads them as they grow. No job knows who watches. Elastic
+teachers are an artifact in Prefect, too.
 """
 
 from __future__ import annotations
@@ -9,19 +10,27 @@ import contextvars
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import TaskRunContext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pbkd.artifacts import Store
 from pbkd.blocks import candidate_name
 from pbkd.distill.trainee import HistoryLine, TraineeSpec, read_history
+from pbkd.elastic.status import TeachersStatus
 from pbkd.errors import TrackingError
+from pbkd.report.teachers import teacher_lines, teacher_table
 from pbkd.stages.distill import read_trainee
 from pbkd.stages.planning import is_done
 from pbkd.tracking import PipelineRun
@@ -31,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _PERIOD_S = 0.5
 _ARTIFACT_PERIOD_S = 2.0
+_TEACHERS_PERIOD_S = 10.0  # each time a version of the artifact
 
 
 class Monitor:
@@ -152,6 +162,25 @@ class Monitor:
 
     def _history_path(self, trainee: TraineeSpec) -> Path:
         return self._progress / f"{trainee.key}.jsonl"
+
+
+def teachers_artifact() -> Callable[[TeachersStatus], None]:
+    """What shows elastic teachers as a table in Prefect, now and then; outside a task nothing."""
+    shown_s = float("-inf")
+
+    def show(status: TeachersStatus) -> None:
+        nonlocal shown_s
+        if TaskRunContext.get() is None or time.monotonic() - shown_s < _TEACHERS_PERIOD_S:
+            return
+        shown_s = time.monotonic()
+        table = teacher_table(status)
+        create_table_artifact(
+            key="elastic-teachers",
+            table=[dict(zip(table.heads, row, strict=True)) for row in table.rows],
+            description="\n".join(teacher_lines(status)),
+        )
+
+    return show
 
 
 def log_figures(trainees: list[TraineeSpec], store: Store, run: PipelineRun) -> None:

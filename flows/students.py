@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Protocol, TypeVar
 from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
 from pbkd.elastic.soft_labels import LABELS
+from pbkd.elastic.status import TeachersStatus
 from pbkd.errors import disk_errors_explained
 from pbkd.settings import Settings
 from pbkd.shrink import SHRUNK
@@ -85,11 +87,19 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
         jobs = whole.run(finetune.start, context)
         pools = _Pools(context, whole, workers)
         pools.run(finetune.run_labels, LABELS, finetune.start_labels(context, jobs))
-        with teachers_of(context, jobs, Settings.from_env()) as ready:
+        with teachers_of(context, jobs, Settings.from_env(), _artifact()) as ready:
             pools.run(finetune.run_finetune, FINETUNED, ready)
         baselines = finetune.start_baselines(context, jobs)
         pools.run(finetune.run_baseline, BASELINES, baselines)
         finetune.finish(context, jobs, baselines)
+
+
+def _artifact() -> Callable[[TeachersStatus], None]:
+    if "prefect" not in sys.modules:  # a verb of its own: nothing to show it in
+        return lambda _: None
+    from flows.progress import teachers_artifact
+
+    return teachers_artifact()
 
 
 def shrink_students(context: StageContext, whole: WorkerPool, workers: WorkerPool) -> None:

@@ -217,10 +217,19 @@ class TeacherPool:
     Args:
         status: file that tells what goes on, once a second; for `pbkd teachers`.
         threads: CPU threads of a teacher.
+        on_status: gets the same, in the pool's thread.
     """
 
-    def __init__(self, plan: LabelPlan, size: PoolSize, status: Path, threads: int = 1) -> None:
+    def __init__(
+        self,
+        plan: LabelPlan,
+        size: PoolSize,
+        status: Path,
+        threads: int = 1,
+        on_status: Callable[[TeachersStatus], None] = lambda _: None,
+    ) -> None:
         self.plan, self.size, self.status, self.threads = plan, size, status, threads
+        self.on_status = on_status
         self._started_ray = connect()
         self._ray = ray_module()
         self.address: str = self._ray.get_runtime_context().gcs_address
@@ -292,7 +301,9 @@ class TeacherPool:
         self._fit(stats, now_s)
         if time.monotonic() - self._written_s >= 1:
             self._written_s = time.monotonic()
-            write_json(self.status, self._report(stats, now_s))
+            report = self._report(stats, now_s)
+            write_json(self.status, report)
+            self.on_status(report)
 
     def _bury(self) -> None:
         """Notice who has started, and who has died."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pbkd.devices import best_device, enough_memory
 from pbkd.elastic.chunks import LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
 from pbkd.elastic.soft_labels import LABELS, RECORD, labels_key, write_labels
-from pbkd.elastic.status import FILE
+from pbkd.elastic.status import FILE, TeachersStatus
 from pbkd.errors import disk_errors_explained
 from pbkd.models import ModelCard, load_teacher
 from pbkd.settings import Settings
@@ -104,11 +104,17 @@ def labels_s(folders: Sequence[Path]) -> float:
 
 @contextmanager
 def teachers_of(
-    context: StageContext, jobs: Sequence[FinetuneJob], settings: Settings
+    context: StageContext,
+    jobs: Sequence[FinetuneJob],
+    settings: Settings,
+    on_status: Callable[[TeachersStatus], None] = lambda _: None,
 ) -> Iterator[list[FinetuneJob]]:
     """Elastic teachers for the jobs that the store lacks; yields all jobs with the way to them.
 
     None are started where the store holds all labels, or another kind of teachers is asked for.
+
+    Args:
+        on_status: gets what the teachers do, once a second.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -126,7 +132,8 @@ def teachers_of(
         max_teachers=max(settings.min_teachers, settings.max_teachers),
         gpus=settings.teacher_gpus,
     )
-    with TeacherPool(plan, size, context.workspace.state / FILE) as pool:
+    path = context.workspace.state / FILE
+    with TeacherPool(plan, size, path, on_status=on_status) as pool:
         way = {
             "board": pool.board,
             "address": pool.address,
