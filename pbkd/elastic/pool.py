@@ -320,7 +320,7 @@ class TeacherPool:
             self._ray.get(teacher.serving)
             reason = "it ended"
         except Exception as error:  # noqa: BLE001 - of Ray, or of a teacher that cannot be loaded
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1].split(". ")[0]  # Ray adds a page of advice
         self._last_error = reason
         _log.warning("teacher %s is lost: %s", name, reason)
         self._failures = self._failures + 1 if teacher.place is None else 0
