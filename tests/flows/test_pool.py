@@ -49,6 +49,14 @@ def workers_of(pid: int) -> list[psutil.Process]:
     return found
 
 
+def spawned(number: int) -> list[psutil.Process]:
+    """The spawned children of this process, once there are so many: a fork shows its own name."""
+    wait_until(lambda: len(workers_of(os.getpid())) >= number)
+    found = workers_of(os.getpid())
+    assert len(found) == number
+    return found
+
+
 def is_gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -79,8 +87,7 @@ def test_result_comes_back_and_the_child_stays(tmp_path: Path) -> None:
 def test_preloaded_children_take_the_jobs(tmp_path: Path) -> None:
     with make_pool(tmp_path, 2) as pool:
         pool.preload()
-        children = {child.pid for child in workers_of(os.getpid())}
-        assert len(children) == 2
+        children = {child.pid for child in spawned(2)}
         assert pool.run(pool_jobs.pid) in children
         assert pool.run(pool_jobs.torch_is_loaded)
 
@@ -88,7 +95,7 @@ def test_preloaded_children_take_the_jobs(tmp_path: Path) -> None:
 def test_a_child_that_dies_while_it_loads_costs_nothing(tmp_path: Path) -> None:
     with make_pool(tmp_path) as pool:
         pool.preload()
-        (child,) = workers_of(os.getpid())
+        (child,) = spawned(1)
         child.kill()
         wait_until(lambda: is_gone(child.pid))
         assert pool.run(pool_jobs.pid) != child.pid
@@ -274,7 +281,7 @@ def test_close_ends_running_and_waiting_jobs(tmp_path: Path, threads: ThreadPool
     running: list[Future[Any]] = [threads.submit(pool.run, pool_jobs.hold, path) for path in files]
     wait_until(lambda: all(path.exists() for path in files))
     waiting: Future[Any] = threads.submit(pool.run, pool_jobs.pid)
-    assert len(workers_of(os.getpid())) == 2
+    assert len(spawned(2)) == 2
     started = time.monotonic()
     pool.close()
     assert workers_of(os.getpid()) == []
