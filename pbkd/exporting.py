@@ -9,12 +9,11 @@ from pbkd.artifacts import Workspace, atomic_dir
 from pbkd.errors import ArtifactError
 from pbkd.models import ModelCard, read_card
 from pbkd.report.numbers import count_text, ms_text, size_text
+from pbkd.shrink import FILE
 from pbkd.tracking.fetch import fetch_version, open_registry
 from pbkd.tracking.versions import ModelVersion
 
 README = "README.md"
-PACKED = "model.pbkd"
-"""Where the student's recipe has the step `code`."""
 
 
 def check_free(folder: Path) -> None:
@@ -40,7 +39,7 @@ def export(workspace: Workspace, version: ModelVersion, folder: Path) -> None:
                 f"{version.uri} holds another model than the one that was registered; delete the "
                 "version, then run: pbkd register"
             )
-        packed = temporary / PACKED
+        packed = temporary / FILE
         packed_bytes = packed.stat().st_size if packed.is_file() else None
         (temporary / README).write_text(_readme(version, card, packed_bytes))
 
@@ -55,7 +54,7 @@ def _readme(version: ModelVersion, card: ModelCard, packed_bytes: int | None) ->
         else ""
     )
     packed = (
-        f'\n`{PACKED}` is the same model in {size_text(packed_bytes)}: `pbkd.load("{PACKED}")`.\n'
+        f'\n`{FILE}` is the same model in {size_text(packed_bytes)}: `pbkd.load("{FILE}")`.\n'
         if packed_bytes is not None
         else ""
     )

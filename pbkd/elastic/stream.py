@@ -86,8 +86,9 @@ class LabelStream:
         kept = [other for other in range(len(self.plan.keys)) if self.plan.is_kept(other)]
         if not kept:
             return view
-        _log.warning("no teacher: epoch %d shows view %d, which is labelled", epoch, kept[-1])
-        return kept[epoch % len(kept)]
+        shown = kept[epoch % len(kept)]
+        _log.warning("no teacher: epoch %d shows view %d, which is labelled", epoch, shown)
+        return shown
 
     def __call__(self, batch: Batch) -> Tensor | None:
         """(B, K) float32 logits on the device; None: no teacher is there, and none is needed.
@@ -127,6 +128,7 @@ class LabelStream:
         self.board.close()
 
     def _reads_store(self) -> bool:
+        """Whether the view is an item of the store by now; asking for chunks may find that out."""
         return self._is_kept
 
     def _begin(self, view: int) -> None:

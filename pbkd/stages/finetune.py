@@ -20,7 +20,7 @@ from pbkd.elastic.pool import RayBoard
 from pbkd.elastic.soft_labels import LABELS, SoftLabels
 from pbkd.elastic.stream import LabelStream
 from pbkd.errors import disk_errors_explained
-from pbkd.models import Classifier, ModelCard, load_teacher, read_card, save_model
+from pbkd.models import ModelCard, load_teacher, read_card, save_model
 from pbkd.settings import Settings
 from pbkd.stages.baselines import BASELINES, BaselineJob, baseline_job, run_baseline
 from pbkd.stages.context import StageContext, student_folders, subfolders
@@ -28,6 +28,7 @@ from pbkd.stages.labels import LabelJob, label_jobs, label_plan, labels_s, run_l
 from pbkd.stages.student_job import FINETUNED, HISTORY, RESULT, FinetuneJob
 from pbkd.stages.teacher import read_teacher_card
 from pbkd.students import finetune, load_model
+from pbkd.students.finetune import Teacher
 
 __all__ = [
     "finish",
@@ -140,9 +141,7 @@ def run_finetune(job: FinetuneJob) -> None:
     job.checkpoint.unlink(missing_ok=True)
 
 
-def _teacher(
-    job: FinetuneJob, train: Stream, num_classes: int
-) -> Classifier | SoftLabels | LabelStream:
+def _teacher(job: FinetuneJob, train: Stream, num_classes: int) -> Teacher:
     if job.board:
         return LabelStream(
             label_plan(job),
