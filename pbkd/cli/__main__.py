@@ -1,0 +1,5 @@
+"""``python -m pbkd.cli``."""
+
+from pbkd.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""The command line's root: global options, and errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pbkd._version import __version__
+from pbkd.allocator import keep_freed_memory
+from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
+
+_EXIT_ERROR = 1
+_EXIT_USAGE = 2
+_EXIT_BUG = 70
+
+app = typer.Typer(
+    name="pbkd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compress a trained CNN by parallel blockwise knowledge distillation.\n\n"
+    "`dvc repro` or `pbkd run` goes through all stages; each stage is a verb, too. "
+    "Parameters come from params.yaml, settings of this machine from PBKD_ variables.\n\n"
+    "Examples: `pbkd inspect` · `pbkd run` · `PBKD_WORKERS=4 pbkd distill` · `pbkd report`",
+)
+_debug = False
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and an exit code."""
+    keep_freed_memory()
+    try:
+        with disk_errors_explained():
+            app()
+    except PbkdError as error:
+        if _debug:
+            traceback.print_exc()
+        else:
+            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(_EXIT_USAGE if isinstance(error, ConfigError) else _EXIT_ERROR)
+    except Exception as error:
+        if _debug:
+            raise
+        name = type(error).__name__
+        print(
+            f"unexpected {name}: {error}\nrun it again with --debug to see where", file=sys.stderr
+        )
+        sys.exit(_EXIT_BUG)
+
+
+def _plain(error: PbkdError) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pbkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Stack traces and detailed logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=debug, show_level=debug, log_time_format="%H:%M:%S"
+    )
+    for name in ("pbkd", "flows"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,0 +1,103 @@
+"""What verbs share: workspace, pools, Prefect, and how tables and paths are shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from flows.pools import Pools
+    from pbkd.artifacts import Workspace
+    from pbkd.report import Table
+
+_EXIT_INTERRUPTED = 130
+_INTERRUPT_GRACE_S = 6.0
+
+# Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
+_PREFECT_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "pbkd,flows",
+}
+
+
+def use_device() -> None:
+    """Obey PBKD_DEVICE in this process; before torch is imported."""
+    from pbkd.settings import Settings
+
+    settings = Settings.from_env()
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif settings.device == "cuda":
+        from flows.slots import whole_machine_slot
+
+        whole_machine_slot(settings)
+
+
+def open_pools() -> AbstractContextManager[Pools]:
+    """The pools; a verb lets their processes load while it imports what it needs itself."""
+    from flows.pools import pools
+    from pbkd.settings import Settings
+
+    return pools(Settings.from_env())
+
+
+def this_workspace() -> Workspace:
+    """The workspace of the present folder, with the state folder of PBKD_STATE_DIR."""
+    from pbkd.artifacts import Workspace
+    from pbkd.settings import Settings
+
+    return Workspace.find(state=Settings.from_env().state_dir)
+
+
+def use_prefect() -> None:
+    """Quiet, local Prefect, and a Ctrl-C that ends it; before Prefect is imported."""
+    for name, value in _PREFECT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # what went wrong is said once, by main(); Prefect would print a stack trace for it
+    debug = logging.getLogger("pbkd").level == logging.DEBUG
+    level = "ERROR" if debug else "CRITICAL"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C ends Prefect's temporary server, too; Prefect would wait long for its answers.
+
+    Whatever is cut off here is safe: workers end with their parent, locks with their holder.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("interrupted; what is finished is kept", file=sys.stderr)
+    timer = threading.Timer(_INTERRUPT_GRACE_S, os._exit, (_EXIT_INTERRUPTED,))
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def print_table(table: Table) -> None:
+    """To standard output; as wide as the terminal, 140 columns in a pipe."""
+    shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for index, head in enumerate(table.heads):
+        shown.add_column(head, justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(shown)
+
+
+def shown(path: Path) -> Path:
+    """A path as a person would write it here: relative where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

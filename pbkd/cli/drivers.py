@@ -1,0 +1,223 @@
+"""Verbs that make a workspace, run it, and look at what it will do or has done."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pbkd.cli.app import app
+from pbkd.cli.common import open_pools, print_table, shown, this_workspace, use_prefect
+from pbkd.errors import ConfigError
+from pbkd.locks import workspace_lock
+
+if TYPE_CHECKING:
+    from pbkd.artifacts import Workspace
+
+_LEFT_OVERS = ("checkpoints", "labels")  # of the state folder, beside the store
+_MAX_JOBS = 20  # that `plan` lists; its page has them all
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the workspace; made if missing.")],
+    preset: Annotated[
+        str, typer.Option(help="digits, cifar10-vgg16, cifar10-resnet20 or image-folder.")
+    ] = "image-folder",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder, .tar.gz or .zip of images, to be tracked by DVC.")
+    ] = None,
+) -> None:
+    """Make a workspace of your own: params.yaml, dvc.yaml, git and DVC.
+
+    Example: `pbkd init flowers --preset image-folder --data ~/flowers.zip`
+    """
+    from pbkd.config import load_params
+    from pbkd.workspace_init import init_workspace
+
+    params = init_workspace(folder, preset, data)
+    path = load_params(params).prepare.path
+    print(f"workspace {shown(params.parent)}: preset {preset}, images in {path}")
+    if data is None and preset != "digits":
+        print(f"put your images into {shown(params.parent / path)}, then: dvc add")
+    print(f"next: cd {shown(params.parent)}; look at params.yaml; pbkd run")
+
+
+@app.command()
+def run() -> None:
+    """Run the whole pipeline as one Prefect flow, skipping what DVC knows to be up to date.
+
+    Uses the server that PREFECT_API_URL names, else a temporary one.
+
+    Example: `PBKD_WORKERS=2 pbkd run`
+    """
+    use_prefect()
+    from flows.server import temporary_server
+
+    server = temporary_server()
+    with open_pools() as opened:
+        opened.whole.preload()
+        from flows.compress import compress
+
+        server.wait()
+        workspace = this_workspace()
+        compress(str(workspace.root), str(workspace.state))
+    _print_report(workspace)
+
+
+@app.command()
+def inspect() -> None:
+    """Show the teacher's blocks: shapes, parameters, MACs, share, candidates or why not.
+
+    Looks at the network of params.yaml; it need not be trained yet.
+    """
+    from pbkd.report.tables import discovery_tables
+    from pbkd.stages import StageContext
+    from pbkd.stages.preview import preview
+
+    for table in discovery_tables(preview(StageContext.load(this_workspace()))):
+        print_table(table)
+
+
+@app.command()
+def plan(
+    workers: Annotated[
+        str, typer.Option(help="Numbers of workers to compare, separated by commas.")
+    ] = "1,2,4,8",
+    remeasure: Annotated[bool, typer.Option(help="Measure the costs anew.")] = False,
+) -> None:
+    """Predict what the block phase takes, and what more workers gain; needs `blocks`.
+
+    Costs are measured once per machine, by as many workers as a run has. One worker and as many as
+    this machine has are always shown. Example: `pbkd plan --workers 1,2,4,8,64`
+    """
+    from flows.profile import profile_workers
+    from pbkd.artifacts import atomic_path
+    from pbkd.report import plan as report_plan
+    from pbkd.stages import StageContext
+    from pbkd.stages.activations import allowed_bytes
+    from pbkd.stages.planning import Subject, forget_profiles, plans_of
+
+    numbers = _numbers_of_workers(workers)
+    workspace = this_workspace()
+    context = StageContext.load(workspace)
+    params, config = context.params, context.params.activations
+    subject = Subject.of(workspace, config, params.distill, params.seed)
+    if remeasure:
+        forget_profiles(workspace)
+    with open_pools() as opened:
+        here = len(opened.workers.slots)
+        profile = profile_workers(context, subject, opened.workers)
+    limit = allowed_bytes(workspace, config) if config.source == "auto" else float("inf")
+    plans = report_plan.Plans(
+        network=subject.card.network.name,
+        by_workers=plans_of(subject, profile, {*numbers, 1, here}, config.source, limit),
+        here=here,
+        profile=profile,
+    )
+    print_table(report_plan.workers_table(plans))
+    for sentence in report_plan.bottleneck_sentences(plans):
+        print(sentence)
+    print()
+    print_table(report_plan.planned_jobs_table(plans, max_rows=_MAX_JOBS))
+    print(report_plan.plan_sentence(plans))
+    print(report_plan.basis_sentences(plans))
+    path = workspace.state / report_plan.PLAN
+    with atomic_path(path) as temporary:
+        temporary.write_text(report_plan.render_plan(plans))
+    print(f"\nPicture:   {shown(path)} (open it in a browser)")
+
+
+def _numbers_of_workers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--workers: got `{text}`, expected numbers from 1 on, like 1,2,4")
+    return numbers
+
+
+@app.command()
+def report() -> None:
+    """Print the final table, and where the report and the registry are."""
+    _print_report(this_workspace())
+
+
+@app.command()
+def teachers(
+    *, watch: Annotated[bool, typer.Option(help="Again every second, until Ctrl-C.")] = False
+) -> None:
+    """Show the elastic teachers of a run: rates, queue, and who waits for whom."""
+    from pbkd.elastic.status import FILE, read_status
+    from pbkd.report.teachers import teacher_lines, teacher_table
+
+    path = this_workspace().state / FILE
+    while True:
+        status = read_status(path)
+        if status is None:
+            print("No elastic teachers are at work here.")
+        else:
+            print_table(teacher_table(status))
+            print("\n".join(teacher_lines(status)))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+@app.command()
+def gc() -> None:
+    """Empty the store of finished items, checkpoints, and labels of views; outputs stay."""
+    workspace = this_workspace()
+    with workspace_lock(workspace.root, workspace.state):
+        for folder in (workspace.store.root, *map(workspace.state.joinpath, _LEFT_OVERS)):
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"emptied {workspace.store.root}")
+
+
+def _print_report(workspace: Workspace) -> None:
+    from pbkd.artifacts import read_json
+    from pbkd.report import (
+        REGISTERED,
+        REPORT,
+        block_phase_sentence,
+        export_table,
+        final_table,
+        read_measured,
+        read_metrics,
+        runtime_table,
+        shrink_table,
+        stage_table,
+        summary_sentence,
+    )
+    from pbkd.stages.evaluate import stage_figures
+
+    metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
+    # evaluate wrote its own record, and register's came, after measured.json was closed
+    measured = measured.model_copy(update={"stages": stage_figures(workspace) or measured.stages})
+    print_table(final_table(metrics, measured))
+    if shrinking := shrink_table(metrics, measured):
+        print_table(shrinking)
+    if runtimes := runtime_table(metrics, measured):
+        print_table(runtimes)
+    if exports := export_table(metrics, measured):
+        print_table(exports)
+    print_table(stage_table(measured))
+    print(block_phase_sentence(measured))
+    print(summary_sentence(metrics, measured))
+    print(f"\nReport:    {shown(workspace.results / REPORT)} (open it in a browser)")
+    if not (workspace.results / REGISTERED).is_file():
+        print("Registry:  nothing is registered yet; run: pbkd register")
+        return
+    receipt = read_json(workspace.results / REGISTERED)
+    print(f"Registry:  {receipt['name']}, champion: version {receipt['champion'] or 'none'}")
+    store = receipt["tracking_uri"]
+    is_server = store.startswith("http")
+    print(f"           open it: {'' if is_server else 'mlflow server --backend-store-uri '}{store}")
+    if receipt["champion"] is not None:
+        uri = f"models:/{receipt['name']}@champion"
+        print(f"           load it: MLFLOW_TRACKING_URI={store} python -c \\")
+        print(f"             \"import mlflow; print(mlflow.pytorch.load_model('{uri}'))\"")
