@@ -16,10 +16,10 @@ _TIME_IS_UP = 3
 
 AUGMENT: dict[str, Any] = {"pad": 4, "flip": True}
 GPU_TEACHER: dict[str, Any] = {
-    "epochs": 80,
+    "epochs": 60,
     "batch_size": 512,
     "lr": 0.2,
-    "augment": AUGMENT,
+    "augment": AUGMENT | {"erase": 12},
     "min_accuracy": 0.0,
 }
 LIBRARY: list[dict[str, Any]] = [

@@ -93,15 +93,15 @@ _ON_GPU: dict[str, dict[str, Any]] = {
     "activations": {"source": "relay", "views": 4},
     "distill": {"epochs": 8, "batch_size": 512, "lr": 4e-3},
     "finetune": {
-        "epochs": 30,
-        "patience": 30,
+        "epochs": 20,
+        "patience": 20,
         "batch_size": 512,
         "lr": 0.1,
         "baselines": ["scratch", "distill"],
     },
     "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.5, "runtimes": ["pytorch"]},
 }
-_GPU_REPAIR = {"epochs": 5, "batch_size": 512, "lr": 1e-2}
+_GPU_REPAIR = {"epochs": 5, "batch_size": 512, "lr": 5e-3}
 FULL = (
     Case(
         name="vgg16",

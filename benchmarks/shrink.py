@@ -202,9 +202,9 @@ FULL = Case(
         "distill": {"epochs": 6, "batch_size": _GPU_BATCH, "lr": 4e-3},
         "stitch": {
             "max_damage": 5.0,
-            "repair": {"epochs": 4, "batch_size": _GPU_BATCH, "lr": 1e-2},
+            "repair": {"epochs": 4, "batch_size": _GPU_BATCH, "lr": 5e-3},
         },
-        "finetune": {"epochs": 30, "patience": 30, "batch_size": _GPU_BATCH, "lr": 0.1},
+        "finetune": {"epochs": 20, "patience": 20, "batch_size": _GPU_BATCH, "lr": 0.1},
         "evaluate": _EVALUATE | {"latency_batch_sizes": [1], "latency_seconds": 0.5},
     },
     rows=_rows(_GPU_TUNING, _SMALL) | _more_rows(_GPU_TUNING, _SMALL, _MIDDLE),

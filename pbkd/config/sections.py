@@ -22,6 +22,12 @@ class AugmentConfig(Section):
 
     pad: int = Field(0, ge=0, description="random crop out of an image padded by this, pixels")
     flip: bool = Field(False, description="mirror left to right for half of the samples")
+    erase: int = Field(
+        0,
+        ge=0,
+        description="side of a square painted gray, pixels, around a pixel drawn at random (cutout, "
+        "arXiv 1708.04552); 0: none",
+    )
 
 
 class PrepareConfig(Section):

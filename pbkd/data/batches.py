@@ -22,6 +22,22 @@ from pbkd.devices import in_channels_last
 from pbkd.seeding import make_generator
 
 _SHARE_OF_GPU = 0.25
+_GRAY = 128
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What augmentation does to each of N images; None: not at all.
+
+    Attributes:
+        shifts: (N, 2) int64, rows and columns from 0 to 2 * pad.
+        flips: (N,) bool.
+        holes: (N, 2) int64, row and column of the erased square's centre.
+    """
+
+    shifts: Tensor | None = None
+    flips: Tensor | None = None
+    holes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Stream:
         if self._on_device:
             self._images = torch.from_numpy(np.array(split.images)).to(self.device)
         self._labels = torch.from_numpy(split.labels).to(self.device)
-        self._drawn: tuple[int, Tensor | None, Tensor | None] | None = None
+        self._drawn: tuple[int, _Draws] | None = None
 
     def __len__(self) -> int:
         """Images in the split."""
@@ -108,49 +124,54 @@ class Stream:
     def epoch(self, epoch: int, batch_size: int, skip: int = 0) -> Iterator[Batch]:
         """Shuffled, augmented batches of one epoch, without the first ``skip``."""
         view = self.view_of(epoch)
-        shifts, flips = self._draw(view)
+        draws = self._draw(view)
         for rows in islice(self.rows(epoch, batch_size), skip, None):
-            yield self._batch(rows, shifts, flips, view)
+            yield self._batch(rows, draws, view)
 
     def view(self, view: int, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32: the given rows in the given view."""
         if self._drawn is None or self._drawn[0] != view:  # for the whole split at once
-            self._drawn = (view, *self._draw(view))
-        return self._batch(rows, *self._drawn[1:]).images_nchw
+            self._drawn = (view, self._draw(view))
+        return self._batch(rows, self._drawn[1]).images_nchw
 
     def plain(self, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32: the given rows without augmentation."""
-        return self._batch(rows, None, None).images_nchw
+        return self._batch(rows, _Draws()).images_nchw
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches in the order of the split, without augmentation; the last may be smaller."""
         end = min(len(self), limit or len(self))
         for start in range(0, end, batch_size):
-            yield self._batch(torch.arange(start, min(start + batch_size, end)), None, None)
+            yield self._batch(torch.arange(start, min(start + batch_size, end)), _Draws())
 
-    def _draw(self, view: int) -> tuple[Tensor | None, Tensor | None]:
-        shifts = flips = None
+    def _draw(self, view: int) -> _Draws:
+        shifts = flips = holes = None
         if self.augment.pad:
             generator = make_generator(self.seed, "shift", view)
             shifts = torch.randint(2 * self.augment.pad + 1, (len(self), 2), generator=generator)
         if self.augment.flip:
             generator = make_generator(self.seed, "flip", view)
             flips = torch.randint(2, (len(self),), generator=generator).bool()
-        return shifts, flips
+        if self.augment.erase:
+            generator = make_generator(self.seed, "erase", view)
+            height, width = self._split.images.shape[-2:]
+            centre = torch.rand((len(self), 2), generator=generator)
+            holes = (centre * torch.tensor([height, width])).long()
+        return _Draws(shifts, flips, holes)
 
-    def _batch(
-        self, rows: Tensor, shifts: Tensor | None, flips: Tensor | None, view: int | None = None
-    ) -> Batch:
+    def _batch(self, rows: Tensor, draws: _Draws, view: int | None = None) -> Batch:
         on_device = rows.to(self.device)
         if self._on_device:
             images = self._images[on_device]
         else:
             images = torch.from_numpy(self._split.images[rows.numpy()]).to(self.device)
-        if shifts is not None:
-            images = _crop(images, shifts[rows].to(self.device), self.augment.pad)
-        if flips is not None:
-            mirrored = flips[rows].to(self.device)[:, None, None, None]
+        if draws.shifts is not None:
+            images = _crop(images, draws.shifts[rows].to(self.device), self.augment.pad)
+        if draws.flips is not None:
+            mirrored = draws.flips[rows].to(self.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
+        if draws.holes is not None:
+            images = _erase(images, draws.holes[rows].to(self.device), self.augment.erase)
         images = in_channels_last(images, torch.float32).div_(255)
         return Batch(rows, images, self._labels[on_device], view)
 
@@ -171,3 +192,15 @@ def _crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
     index = torch.arange(batch, device=images.device)[:, None, None]
     # advanced indices around the channel slice put it last
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _erase(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) with a gray square each, cut off at the border; ``centres`` (B, 2)."""
+    height, width = images.shape[-2:]
+    first = centres - side // 2
+    rows = torch.arange(height, device=images.device) - first[:, :1]
+    columns = torch.arange(width, device=images.device) - first[:, 1:]
+    within = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[
+        :, None
+    ]
+    return images.masked_fill(within[:, None], _GRAY)

@@ -117,12 +117,21 @@ def test_in_order_gives_all_images_without_augmentation(limit: int | None, num: 
 
 
 @pytest.mark.parametrize(
-    "augment", [AugmentConfig(pad=1), AugmentConfig(pad=3), AugmentConfig(flip=True), BOTH]
+    "augment",
+    [
+        AugmentConfig(pad=1),
+        AugmentConfig(pad=3),
+        AugmentConfig(flip=True),
+        BOTH,
+        AugmentConfig(erase=1),
+        AugmentConfig(pad=2, flip=True, erase=5),
+    ],
 )
-def test_crop_and_flip_equal_a_loop_by_hand(augment: AugmentConfig) -> None:
+def test_augmentation_equals_a_loop_by_hand(augment: AugmentConfig) -> None:
     split = random_split(NUM, channels=2, size=8)
     stream = _stream(augment=augment)
-    shifts, flips = stream._draw(4)
+    draws = stream._draw(4)
+    shifts, flips, holes = draws.shifts, draws.flips, draws.holes
     seen = _by_row(stream, 4, NUM)
     assert len(seen) == NUM
     for row, image in seen.items():
@@ -134,11 +143,18 @@ def test_crop_and_flip_equal_a_loop_by_hand(augment: AugmentConfig) -> None:
                     expected[:, y, x] = split.images[row, :, y + top, x + left]
         if flips is not None and flips[row]:
             expected = expected[:, :, ::-1].copy()
+        if holes is not None:
+            top, left = (holes[row] - augment.erase // 2).tolist()
+            for y in range(max(top, 0), min(top + augment.erase, 8)):
+                for x in range(max(left, 0), min(left + augment.erase, 8)):
+                    expected[:, y, x] = 128
         assert torch.equal(image, torch.from_numpy(expected) / 255)
 
 
 def test_every_shift_and_both_mirrorings_occur_about_equally_often() -> None:
-    shifts, flips = _stream(num=2000, augment=AugmentConfig(pad=1, flip=True))._draw(0)
+    draws = _stream(num=2000, augment=AugmentConfig(pad=1, flip=True))._draw(0)
+    shifts, flips = draws.shifts, draws.flips
+    assert draws.holes is None
     assert shifts is not None
     assert flips is not None
     counts = torch.bincount(shifts[:, 0] * 3 + shifts[:, 1])
@@ -148,7 +164,7 @@ def test_every_shift_and_both_mirrorings_occur_about_equally_often() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("augment", [PLAIN, AugmentConfig(pad=1), AugmentConfig(flip=True), BOTH])
+@pytest.mark.parametrize("augment", [PLAIN, AugmentConfig(pad=1), AugmentConfig(erase=3), BOTH])
 def test_the_memory_layout_is_always_the_same(augment: AugmentConfig, channels: int) -> None:
     # another layout runs other kernels, whose last bits differ
     stream = Stream(random_split(9, channels=channels, size=8), seed=0, augment=augment)
@@ -172,7 +188,9 @@ def test_an_image_looks_the_same_whatever_the_chunks() -> None:
         assert torch.equal(image, seen[row])
 
 
-@pytest.mark.parametrize("augment", [AugmentConfig(pad=1), AugmentConfig(flip=True)])
+@pytest.mark.parametrize(
+    "augment", [AugmentConfig(pad=1), AugmentConfig(flip=True), AugmentConfig(erase=3)]
+)
 def test_views_repeat_and_differ(augment: AugmentConfig) -> None:
     rows = torch.arange(NUM)
     stream = _stream(augment=augment, views=3)
