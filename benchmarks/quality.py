@@ -101,7 +101,7 @@ _ON_GPU: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.5, "runtimes": ["pytorch"]},
 }
-_GPU_REPAIR = {"epochs": 5, "batch_size": 512, "lr": 5e-3}
+_GPU_REPAIR = {"epochs": 8, "batch_size": 512, "lr": 5e-3}
 FULL = (
     Case(
         name="vgg16",
@@ -147,7 +147,7 @@ def main() -> None:
             continue
         seeds = options.seed if case is cases[0] else options.seed[:1]
         for seed in seeds:
-            _go_on(_workspace(case, seed, options.images.resolve()))
+            _go_on(_workspace(case, seed, options))
     signal.alarm(0)
     finished = [
         (case, folder)
@@ -163,6 +163,9 @@ def _options() -> argparse.Namespace:
     cifar.add_options(parser)
     parser.add_argument("--case", choices=[case.name for case in FULL], help="one network only")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds to work on")
+    parser.add_argument(
+        "--without-baselines", action="store_true", help="leave them to another call"
+    )
     return parser.parse_args()
 
 
@@ -175,9 +178,11 @@ def _folder(case: Case) -> Path:
     return ROOT / "benchmarks" / "results" / "quality" / best_device().type / case.name / settings
 
 
-def _workspace(case: Case, seed: int, images: Path) -> Workspace:
+def _workspace(case: Case, seed: int, options: argparse.Namespace) -> Workspace:
     changes = {name: dict(section) for name, section in case.params.items()}
-    changes["prepare"]["path"] = str(images)
+    changes["prepare"]["path"] = str(options.images.resolve())
+    if options.without_baselines:
+        changes["finetune"]["baselines"] = []
     return kept_workspace(_folder(case) / f"seed-{seed}", changes, seed)
 
 
@@ -286,7 +291,7 @@ def _collect(
     for name, entry in entries.items():
         add(_kept(case, name), 100 * entry["repaired"] / entry["teacher"])
         add(_lost(case, name), entry["teacher"] - entry["finetuned"])
-        for kind in case.params["finetune"]["baselines"]:
+        for kind in set(case.params["finetune"]["baselines"]) & set(entry):
             add(_ahead(case, name, kind), entry["finetuned"] - entry[kind])
     add(_faster(case), max(entry["speedup"] for entry in entries.values()))
 
