@@ -58,6 +58,7 @@ class Case:
     faster: float | None = None
 
 
+_NO_RECIPE: dict[str, Any] = {"recipe": []}
 _EVALUATE = {"latency_batch_sizes": [1, 256], "latency_seconds": 2.0, "runtimes": ["pytorch"]}
 
 QUICK = Case(
@@ -82,6 +83,7 @@ QUICK = Case(
             "repair": {"epochs": 2, "batch_size": 128},
         },
         "finetune": {"epochs": 2, "batch_size": 128, "baselines": ["scratch", "distill"]},
+        "shrink": _NO_RECIPE,
         "evaluate": _EVALUATE,
     },
     kept={"12": 96.0},
@@ -96,9 +98,10 @@ _ON_GPU: dict[str, dict[str, Any]] = {
         "epochs": 20,
         "patience": 20,
         "batch_size": 512,
-        "lr": 0.1,
+        "lr": 0.02,
         "baselines": ["scratch", "distill"],
     },
+    "shrink": _NO_RECIPE,
     "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.5, "runtimes": ["pytorch"]},
 }
 _GPU_REPAIR = {"epochs": 8, "batch_size": 512, "lr": 5e-3}

