@@ -3,7 +3,7 @@
 Activations have 8 bits without sign, their ranges are those seen on calibration images; weights
 have 8 bits with sign, a scale per output channel. Batch norm is folded into the convolutions first.
 The layer that gives the logits stays in float32 where it is small: it costs no time, and the logits
-are several times closer. Depthwise convolutions are int8 like others: in float32 they are slower.
+are several times closer. So does a batch norm that no convolution takes up. Depthwise convolutions are int8 like others: in float32 they are slower.
 docs/export.md has the figures.
 """
 
@@ -117,13 +117,18 @@ def _reader(images_nchw: Tensor) -> Any:
 
 
 def _kept_in_float(model: ModelProto) -> list[str]:
-    """Name of the node that gives the logits, where it holds few of the weights."""
+    """Names of nodes: what gives the logits, where it holds few of the weights, and batch norms.
+
+    A batch norm that could not be folded (its convolution was replaced by nothing) scales channels
+    by very different factors; a range per tensor would round the small ones away.
+    """
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     limit = _SMALL * sum(sizes.values())
     return [
         node.name
         for node in model.graph.node
-        if OUTPUT in node.output and sum(sizes.get(name, 0) for name in node.input) <= limit
+        if node.op_type == "BatchNormalization"
+        or (OUTPUT in node.output and sum(sizes.get(name, 0) for name in node.input) <= limit)
     ]
 
 

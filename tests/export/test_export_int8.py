@@ -50,6 +50,32 @@ def test_batch_norm_is_folded(vgg):
     assert "BatchNormalization" not in kinds
 
 
+def test_a_batch_norm_without_a_convolution_stays_in_float(vgg, tmp_path):
+    import onnx
+
+    model = copy.deepcopy(vgg.model)
+    path = next(
+        name
+        for name, module in reversed(list(model.net.named_modules()))
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels == module.out_channels
+    )
+    parent, _, child = path.rpartition(".")
+    setattr(model.net.get_submodule(parent), child, torch.nn.Identity())
+    norm = next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.BatchNorm2d))
+    norm.weight.data.mul_(torch.logspace(-2, 2, norm.num_features))
+    norm.bias.data.zero_()
+    norm.running_mean.zero_()
+    model.net.classifier.weight.data.div_(norm.weight.data)  # small channels say as much
+    to_onnx(model, vgg.card, tmp_path / "float.onnx")
+    to_int8(tmp_path / "float.onnx", images_of(vgg.card, 100), tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    (left,) = (node for node in graph.node if node.op_type == "BatchNormalization")
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert {types[name] for name in left.input[1:]} == {onnx.TensorProto.FLOAT}
+    found = parity(model, OnnxModel(tmp_path / "int8.onnx"), images_of(vgg.card, 100, seed=8))
+    assert found.same_predictions >= 0.8
+
+
 def test_a_large_last_layer_is_int8(vgg, tmp_path):
     import onnx
 
