@@ -3,8 +3,8 @@
 Activations have 8 bits without sign, their ranges are those seen on calibration images; weights
 have 8 bits with sign, a scale per output channel. Batch norm is folded into the convolutions first.
 The layer that gives the logits stays in float32 where it is small: it costs no time, and the logits
-are several times closer. So does a batch norm that no convolution takes up. Depthwise convolutions are int8 like others: in float32 they are slower.
-docs/export.md has the figures.
+are several times closer. So does a batch norm that no convolution takes up. Depthwise convolutions
+are int8 like others: in float32 they are slower. docs/export.md has the figures.
 """
 
 from __future__ import annotations
