@@ -12,9 +12,9 @@ from pbkd.errors import ConfigError, TrackingError
 from pbkd.measure import this_machine
 from pbkd.report import Table
 from pbkd.report.numbers import count_text, ms_text, size_text
+from pbkd.tracking.aliases import is_ours
 from pbkd.tracking.fetch import open_registry
 from pbkd.tracking.pick import Comparison, Entry, Miss, Wanted, compare
-from pbkd.tracking.registry import CHAMPION
 from pbkd.tracking.versions import PYTORCH, ModelVersion, Setting, present_origin, read_versions
 
 _NEAREST = 3  # versions that are named where nothing fits
@@ -111,10 +111,10 @@ def pick(workspace: Workspace, name: str, wanted: Wanted) -> Answer:
 
 
 def check_alias(alias: str | None) -> None:
-    """Refuse the alias that `register` moves; MLflow itself refuses names that it cannot take."""
-    if alias == CHAMPION:
+    """Refuse aliases that `register` moves; MLflow itself refuses names that it cannot take."""
+    if alias is not None and is_ours(alias):
         raise ConfigError(
-            f"--alias {CHAMPION}: `pbkd register` moves this one by its own rule; take another name"
+            f"--alias {alias}: `pbkd register` moves this one by its own rule; take another name"
         )
 
 

@@ -90,6 +90,7 @@ def pick(
         print(f'Exported to {shown(export)}; load it: pbkd.load("{shown(export)}")')
     else:
         print(f'Load it: pbkd.load("{answer.version.uri}")')
+    print(f"Serve it: mlflow models serve -m {answer.version.uri} --env-manager local")
 
 
 @app.command()

@@ -25,8 +25,8 @@ class AugmentConfig(Section):
     erase: int = Field(
         0,
         ge=0,
-        description="side of a square painted gray, pixels, around a pixel drawn at random (cutout, "
-        "arXiv 1708.04552); 0: none",
+        description="side of a square painted gray, pixels, around a pixel drawn at random "
+        "(cutout, arXiv 1708.04552); 0: none",
     )
 
 

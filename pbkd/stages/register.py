@@ -54,6 +54,15 @@ def is_registered(workspace: Workspace) -> bool:
     )
 
 
+def registered_numbers(workspace: Workspace, name: str) -> list[str]:
+    """Versions of a model that the receipt names; none without one."""
+    path = workspace.results / REGISTERED
+    if not path.is_file():
+        return []
+    receipt = Registered.model_validate(read_json(path))
+    return [v.version for v in receipt.versions.values()] if receipt.name == name else []
+
+
 def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
     """The series that are on disk: teacher, repairs, fine-tunings, steps of recipes, baselines."""
     series = {"teacher/training": workspace.artifacts("teacher") / "history.jsonl"}

@@ -1,11 +1,10 @@
-"""Models in the MLflow registry: a version per digest and budget, and the alias `champion`."""
+"""Models in the MLflow registry: a version per digest and budget, with its card and lineage."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import math
 import subprocess
 import time
 import warnings
@@ -22,6 +21,8 @@ from pbkd.artifacts import Workspace, file_digest
 from pbkd.measure import headline
 from pbkd.models import Classifier, ModelCard
 from pbkd.models.checkpoint import WEIGHTS
+from pbkd.tracking.aliases import move_aliases
+from pbkd.tracking.card import model_card
 from pbkd.tracking.mlflow_run import PipelineRun, mlflow_client, tracking_uri
 from pbkd.tracking.versions import (
     TEACHER,
@@ -35,7 +36,9 @@ from pbkd.tracking.versions import (
 
 _log = logging.getLogger(__name__)
 
-CHAMPION = "champion"
+_INPUTS = ("params.yaml", "dvc.yaml", "*.py", "*.dvc")
+MODEL_CARD = "MODEL_CARD.md"
+"""The card's file among the artifacts of a model's run; it is the version's description, too."""
 
 
 class Candidate(BaseModel):
@@ -87,13 +90,9 @@ def register_models(
     max_accuracy_drop: float,
     params_digest: str = "",
 ) -> Registered:
-    """Register each model once, and move the alias by its rule.
+    """Register each model once, and move the aliases by their rules.
 
     A version that exists gets the tags that it lacks, and this machine's latency.
-
-    The rule: the champion is the student with the smallest file among those that lose at most
-    ``max_accuracy_drop`` of validation accuracy against their teacher; of equal files the more
-    accurate one. It is judged among the versions of the same data, and moves only to a better one.
 
     Args:
         candidates: the teacher (``budget: teacher``) and the students.
@@ -122,12 +121,12 @@ def register_models(
             commit=_commit(workspace),
             params_digest=params_digest,
             run_id=run.run_id,
+            version=__version__,
         )
         versions[candidate.budget] = _register(client, run, name, candidate, tags)
     note_origin(client, name, data_digest, teacher_digest)
-    champion = _choose_champion(client, name, data_digest, max_accuracy_drop)
-    if champion is not None:
-        client.set_registered_model_alias(name, CHAMPION, champion)
+    limits = {c.budget: c.limits for c in candidates if c.budget != TEACHER}
+    champion = move_aliases(client, name, data_digest, limits, max_accuracy_drop)
     return Registered(
         tracking_uri=_public(tracking_uri(workspace), workspace),
         name=name,
@@ -175,18 +174,39 @@ def _register(
     model_uri = _log_model(client, run, candidate)
     with contextlib.redirect_stderr(io.StringIO()):  # it prints what our own log says
         version = mlflow.register_model(model_uri, name, tags=tags)
-    client.update_model_version(name, version.version, description=_describe(candidate))
+    card = model_card(
+        name,
+        version.version,
+        candidate.budget,
+        candidate.card,
+        candidate.figures,
+        candidate.limits,
+        candidate.latency,
+        tags,
+    )
+    client.update_model_version(name, version.version, description=card)
+    client.log_text(run.model_run(candidate.budget), card, MODEL_CARD)
     _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
     return Version(version=str(version.version), model_digest=candidate.card.digest)
 
 
 def _commit(workspace: Workspace) -> str:
-    """The commit of the workspace's repository; empty where there is none."""
-    command = ["git", "-C", str(workspace.root), "rev-parse", "--verify", "--quiet", "HEAD"]
+    """The commit of the workspace, with `-dirty` where parameters, code or data differ from it.
+
+    Outputs are no part of it: a run changes them. Empty where there is no commit.
+    """
+    git = ["git", "-C", str(workspace.root)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+            for command in (
+                ["rev-parse", "--verify", "--quiet", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", *_INPUTS],
+            )
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return commit.strip() + ("-dirty" if changes.strip() else "")
 
 
 def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
@@ -215,7 +235,7 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
         info = mlflow.pytorch.log_model(
             model,
-            name=f"{candidate.budget}",
+            name=candidate.budget.replace(".", "_"),  # MLflow takes no dots here
             signature=signature,
             input_example=example,
             pip_requirements=requirements,
@@ -236,39 +256,6 @@ def _latency_metrics(candidate: Candidate) -> dict[str, float]:
     """Latency under names for MLflow's pages: of each batch size, the report's headline."""
     entries = candidate.latency.entries if candidate.latency else ()
     return {f"latency_batch_{e.batch_size}_ms": e.median_ms for e in headline(entries)}
-
-
-def _describe(candidate: Candidate) -> str:
-    """What a person who picks a version wants to know, in one line."""
-    figures, card = candidate.figures, candidate.card
-    kind = "Teacher" if candidate.budget == TEACHER else f"Student `{candidate.budget}` of"
-    replaced = f", {len(card.replacements)} blocks replaced" if card.replacements else ""
-    return (
-        f"{kind} {card.network.name}{replaced}: {figures['val_accuracy']:.2%} on the validation "
-        f"split (teacher {figures['teacher_val_accuracy']:.2%}), {figures['test_accuracy']:.2%} on "
-        f"the test split, {figures['file_bytes']:,.0f} bytes, {figures['macs']:,.0f} MACs per image"
-    )
-
-
-def _choose_champion(
-    client: Any, name: str, data_digest: str, max_accuracy_drop: float
-) -> str | None:
-    """Version number of the best student on this data, or None where none is good enough."""
-    best, best_rank = None, (math.inf, math.inf, 0)
-    for version in all_versions(client, name):
-        tags = version.tags
-        if tags.get("pbkd.data_digest") != data_digest or tags.get("pbkd.budget") == TEACHER:
-            continue
-        accuracy, teacher = (
-            float(tags[f"pbkd.{key}"]) for key in ("val_accuracy", "teacher_val_accuracy")
-        )
-        if not accuracy >= teacher - max_accuracy_drop:  # nor one that is no number
-            continue
-        # of equal ones the first, so that the alias moves to better ones only
-        rank = (float(tags["pbkd.file_bytes"]), -accuracy, int(version.version))
-        if rank < best_rank:
-            best, best_rank = str(version.version), rank
-    return best
 
 
 def _public(uri: str, workspace: Workspace) -> str:
