@@ -7,15 +7,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows.activations import activations
+from flows.artifacts import publish_results
 from flows.distill import distill
 from flows.dvc_gate import gate, hold_pipeline
 from flows.pools import Pools, pools
 from flows.retry import is_worth_a_retry
+from flows.status import RunStatus, event, the_status
 from flows.students import finetune_students, shrink_students, stitch_students
 from pbkd.artifacts import Workspace
 from pbkd.config import Params
@@ -54,16 +56,20 @@ def compress(root: str = ".", state: str | None = None) -> None:
         preflight(context)
         with pools(context.settings) as opened:
             run = _begin(workspace, context.params, opened)
+            status = the_status()
+            status.list_stages(STAGES)
             try:
                 for name in STAGES:
                     if name in _TRACKED:
                         run.result()
-                    _run(name, workspace, opened, context.settings.retries)
+                    with status.stage(name):
+                        _run(name, _Place(workspace, opened, status), context.settings.retries)
             except BaseException as error:
                 if isinstance(error, Exception) or run.done():  # Ctrl-C does not wait for MLflow
                     run.result().end(failed=True)
                 raise
         run.result().end()
+        publish_results(workspace, run.result())
 
 
 def _begin(workspace: Workspace, params: Params, opened: Pools) -> Future[PipelineRun]:
@@ -82,28 +88,32 @@ def _begin(workspace: Workspace, params: Params, opened: Pools) -> Future[Pipeli
     return begun
 
 
-def _run(name: str, workspace: Workspace, opened: Pools, retries: int) -> None:
+def _run(name: str, place: _Place, retries: int) -> None:
     if name != "distill":
         named: Any = stage.with_options(
             name=name, task_run_name=name, retries=retries, retry_delay_seconds=1
         )
-        named(name, _Place(workspace, opened))
+        named(name, place)
         return
+    workspace = place.workspace
     # a sub-flow cannot run inside a task, so the gate is held here
     with gate(name, workspace) as decision:
         if decision.up_to_date:
+            place.status.skip(name)
             named = skipped.with_options(name=name, task_run_name=name)
             named(decision.reason)
         else:
+            event(f"{name}: {decision.reason}")
             distill(str(workspace.root), str(workspace.state), str(decision.params))
 
 
 class _Place:
-    """Workspace and pools; a plain class, so that Prefect does not look inside."""
+    """What a stage needs; a plain class, so that Prefect does not look inside."""
 
-    def __init__(self, workspace: Workspace, opened: Pools) -> None:
+    def __init__(self, workspace: Workspace, opened: Pools, status: RunStatus) -> None:
         self.workspace = workspace
         self.pools = opened
+        self.status = status
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_worth_a_retry)
@@ -113,8 +123,9 @@ def stage(name: str, place: _Place) -> Any:
     still_valid = (lambda: is_registered(workspace)) if name == "register" else (lambda: True)
     with gate(name, workspace, still_valid) as decision:
         if decision.up_to_date:
+            place.status.skip(name)
             return skipped.fn(decision.reason)
-        get_run_logger().info("%s: %s", name, decision.reason)
+        event(f"{name}: {decision.reason}")
         context = StageContext.load(workspace, decision.params)
         if name in _IN_FLOW:
             run_stage(name, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,15 +19,17 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.artifacts import Artifact, Bar, Feed, job_number, mlflow_artifact, plan_markdown
 from flows.pool import WorkerPool
 from flows.pools import pools
 from flows.profile import profile_workers
-from flows.progress import Monitor, log_figures
+from flows.progress import Monitor, candidates_of, log_figures
 from flows.retry import is_worth_a_retry
 from flows.slots import Slot
+from flows.status import RunStatus, the_status
 from pbkd.artifacts import Workspace, write_json
 from pbkd.distill import JobReport, JobSpec, Profile, run_job
-from pbkd.errors import JobError
+from pbkd.errors import JobError, PoolClosedError
 from pbkd.measure import (
     EnergyMeter,
     EnergyReading,
@@ -106,12 +109,15 @@ def distill(root: str, state: str, params: str) -> None:
     """
     context = StageContext.load(Workspace(Path(root), Path(state)), Path(params))
     settings, workspace = context.settings, context.workspace
-    with recorded("distill", workspace):
+    status = the_status()
+    with Feed() as feed, recorded("distill", workspace), status.stage("distill"):
         workspace.sweep()
         run = PipelineRun.current(workspace, context.params)
+        feed.show("mlflow-run", mlflow_artifact(workspace, run))
         subject = start(context)
         todo = subject.left_to_do(context.workspace.store)
         plan = DistillPlan(tuple(subject.trainees))
+        profile: Profile | None = None
         meter = energy_meter(settings)
         with pools(settings) as opened:
             pool = opened.workers
@@ -122,17 +128,27 @@ def distill(root: str, state: str, params: str) -> None:
                 )
                 profile = measure(_Measuring(context, subject, pool))
                 plan = plan_distill(context, subject, todo, profile, num_workers)
-            fan_out = FanOut(pool, plan, context, meter)
+                feed.show("plan", _plan_artifact(plan, profile))
+            candidates = candidates_of(list(plan.trainees), workspace.store)
+            status.begin_phase(candidates, context.params.distill.epochs, plan.wall_s)
+            fan_out = FanOut(pool, plan, context, meter, status)
             blocks = distill_block.with_options(retries=settings.retries, retry_delay_seconds=1)
             progress = workspace.state / "progress"
             with (
-                Monitor(todo, progress, context.params.distill.epochs, workspace.store, run),
+                Monitor(todo, progress, workspace.store, run, status, feed),
                 meter.window("blocks") as window,
             ):
                 futures = blocks.map(plan.blocks, unmapped(fan_out))
-                wait(list(futures))
+                try:
+                    wait(list(futures))
+                except BaseException:  # Ctrl-C, SIGTERM: the tasks would wait for their jobs
+                    opened.close()
+                    raise
+        if profile is not None:
+            feed.show("plan", _plan_artifact(plan, profile, fan_out.jobs))
         log_figures(list(plan.trainees), workspace.store, run)
         _raise_failures(plan.blocks, [future.state for future in futures])
+        status.end_phase()
         finish_distill(context, plan, [job.report for job in fan_out.jobs])
         if fan_out.jobs:
             phase = _block_phase(fan_out.jobs, plan, num_workers, window.result)
@@ -155,10 +171,16 @@ class FanOut:
     """
 
     def __init__(
-        self, pool: WorkerPool, plan: DistillPlan, context: StageContext, meter: EnergyMeter
+        self,
+        pool: WorkerPool,
+        plan: DistillPlan,
+        context: StageContext,
+        meter: EnergyMeter,
+        status: RunStatus,
     ) -> None:
         self.jobs: list[_FinishedJob] = []
         self._pool = pool
+        self._status = status
         self._meter = meter
         self._plan = plan
         self._store = context.workspace.store
@@ -201,17 +223,25 @@ class FanOut:
 
     def _run(self, job: JobSpec) -> JobReport:
         priority = -float(self._rank[job.job_id])
+        names = [trainee.name for trainee in job.trainees]
         ran_on: list[Slot] = []
         with ExitStack() as measuring:
             windows: list[EnergyWindow] = []
 
             def begin(slot: Slot) -> None:
                 ran_on.append(slot)
+                self._status.start_job(names, slot.name)
                 windows.append(measuring.enter_context(self._meter.window(job.job_id)))
 
-            report = self._pool.run(
-                run_job, job, priority=priority, heartbeat=job.heartbeat, on_start=begin
-            )
+            try:
+                report = self._pool.run(
+                    run_job, job, priority=priority, heartbeat=job.heartbeat, on_start=begin
+                )
+            except PoolClosedError:  # the run is at its end
+                raise
+            except Exception as error:
+                self._status.fail_job(names, str(error))
+                raise
             counter = gpu_alone(ran_on[0])
         energy_j = None
         if counter is not None:
@@ -231,6 +261,22 @@ def gpu_alone(slot: Slot) -> str | None:
             index = int(gpu.name.removeprefix("gpu-"))  # a lost GPU before it is not listed
             return gpu.name if device_is_shared(index, own) is False else None
     return None
+
+
+def _plan_artifact(
+    plan: DistillPlan, profile: Profile, jobs: Sequence[_FinishedJob] = ()
+) -> Artifact:
+    assert plan.predicted is not None, "a plan goes with a profile"
+    started = min((job.report.started_at for job in jobs), default=0.0)
+    ran: dict[str, list[Bar]] = {}
+    for job in jobs:
+        start_s, duration_s = job.report.started_at - started, job.report.duration_s
+        bar = Bar(job_number(job.report.job_id), start_s, duration_s)
+        ran.setdefault(job.slot.name, []).append(bar)
+    num_workers = len(plan.predicted.placement.workers)
+    measured = profile.speeds
+    speeds = measured if len(measured) == num_workers else (1.0,) * num_workers
+    return plan_markdown(plan.predicted, speeds, plan.wall_s, ran)
 
 
 def _raise_failures(blocks: list[str], states: list[Any]) -> None:

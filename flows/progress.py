@@ -1,4 +1,4 @@
-"""What a running block phase shows: bars in the terminal, an artifact in Prefect, series in MLflow.
+"""What a running block phase tells: to the run's status, to Prefect's artifacts, to MLflow.
 
 The jobs write histories; a thread here reads them as they grow. No job knows who watches. Elastic
 teachers are an artifact in Prefect, too.
@@ -11,20 +11,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from uuid import UUID
+from typing import Self
 
-from prefect.artifacts import (
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_table_artifact
 from prefect.context import TaskRunContext
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flows.artifacts import Feed, blocks_table, progress_of
+from flows.status import CandidateStatus, RunStatus
 from pbkd.artifacts import Store
 from pbkd.blocks import candidate_name
 from pbkd.distill.trainee import HistoryLine, TraineeSpec, read_history
@@ -39,7 +35,8 @@ from pbkd.tracking.mlflow_run import BlockRun
 log = logging.getLogger(__name__)
 
 _PERIOD_S = 0.5
-_ARTIFACT_PERIOD_S = 2.0
+_SHARE_PERIOD_S = 2.0
+_TABLE_PERIOD_S = 5.0
 _TEACHERS_PERIOD_S = 10.0  # each time a version of the artifact
 
 
@@ -49,43 +46,36 @@ class Monitor:
     Args:
         trainees: those that will be trained now.
         progress: folder of the growing histories.
-        num_epochs: at most, per trainee.
+        status: has them all, in a phase that has begun.
+        feed: takes their artifacts.
     """
 
     def __init__(
         self,
         trainees: list[TraineeSpec],
         progress: Path,
-        num_epochs: int,
         store: Store,
         run: PipelineRun,
+        status: RunStatus,
+        feed: Feed,
     ) -> None:
         self._trainees = trainees
         self._progress = progress
-        self._num_epochs = num_epochs
         self._store = store
         self._run = run
+        self._status = status
+        self._feed = feed
         self._block_runs: dict[str, BlockRun] = {}
         self._seen: dict[str, int] = {}
         self._done: set[str] = set()
         self._stop = threading.Event()
-        self._bars = _bars()
-        self._bar_ids = {
-            block: self._bars.add_task(block, total=num_epochs * count, loss="")
-            for block, count in _counts(trainees).items()
-        }
-        self._artifact: Any = None
-        self._artifact_time = 0.0
+        self._shown_s = {"share": float("-inf"), "table": float("-inf")}
         self._tracking_failed = False
 
     def __enter__(self) -> Self:
         for trainee in self._trainees:  # a history of a killed run would look like progress
             self._history_path(trainee).unlink(missing_ok=True)
-        self._artifact = create_progress_artifact(
-            progress=0.0, key="block-progress", description="Share of all epochs of all blocks"
-        )
-        self._bars.start()
-        # the thread needs the flow run's context: its client and its loggers
+        # the thread needs the flow run's context: its loggers
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True)
         self._thread.start()
@@ -99,7 +89,6 @@ class Monitor:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._bars.stop()
         for trainee in self._trainees:  # what is finished has its history in the store
             if trainee.key in self._done:
                 self._history_path(trainee).unlink(missing_ok=True)
@@ -107,25 +96,28 @@ class Monitor:
     def _follow(self) -> None:
         while not self._stop.wait(_PERIOD_S):
             self._look()
+            self._show(_SHARE_PERIOD_S, _TABLE_PERIOD_S)
         self._look()
-        self._show_artifact()
+        self._show(0.0, 0.0)
 
     def _look(self) -> None:
         for trainee in self._trainees:
             if trainee.key in self._done:
                 continue
-            finished = is_done(self._store, trainee)
+            is_finished = is_done(self._store, trainee)
             history = read_history(self._history_path(trainee))
             seen = self._seen.get(trainee.key, 0)
             if len(history) < seen:  # a retry began again
                 seen = 0
             self._log_lines(trainee, history[seen:])
             self._seen[trainee.key] = len(history)
-            if finished:
+            if history or self._history_path(trainee).is_file():
+                self._status.begin(trainee.name)
+            if history[seen:]:  # the first line is of before the first epoch
+                self._status.advance(trainee.name, len(history) - 1, history[-1].val_loss)
+            if is_finished:
                 self._done.add(trainee.key)
-            self._show_bar(trainee.block, history)
-        if time.monotonic() - self._artifact_time >= _ARTIFACT_PERIOD_S:
-            self._show_artifact()
+                self._finish(trainee)
 
     def _log_lines(self, trainee: TraineeSpec, lines: list[HistoryLine]) -> None:
         if not lines or self._tracking_failed:
@@ -141,27 +133,50 @@ class Monitor:
             self._tracking_failed = True
             log.warning("series are no longer logged: %s", error)
 
-    def _show_bar(self, block: str, history: list[HistoryLine]) -> None:
-        epochs = sum(self._epochs(t) for t in self._trainees if t.block == block)
-        last = history[-1].val_loss if history else None
-        loss = "" if last is None else f"loss {last:.4f}"
-        self._bars.update(self._bar_ids[block], completed=epochs, loss=loss)
+    def _finish(self, trainee: TraineeSpec) -> None:
+        item = read_trainee(self._store, trainee)
+        self._status.finish(
+            trainee.name,
+            item.result.num_epochs,
+            item.result.best_val_loss,
+            item.damage.kl,
+            item.damage.accuracy_drop,
+            item.result.finished_at - item.result.started_at,
+        )
 
-    def _epochs(self, trainee: TraineeSpec) -> int:
-        """Epochs behind a trainee; one that stopped early counts as through."""
-        if trainee.key in self._done:
-            return self._num_epochs
-        return max(0, self._seen.get(trainee.key, 0) - 1)
-
-    def _show_artifact(self) -> None:
-        self._artifact_time = time.monotonic()
-        total = self._num_epochs * len(self._trainees)
-        share = sum(map(self._epochs, self._trainees)) / total if total else 1.0
-        if isinstance(self._artifact, UUID):
-            update_progress_artifact(self._artifact, progress=100 * share)
+    def _show(self, share_period_s: float, table_period_s: float) -> None:
+        now_s, phase = self._status.now_s(), self._status.phase
+        if phase is None:
+            return
+        if now_s - self._shown_s["share"] >= share_period_s:
+            self._shown_s["share"] = now_s
+            self._feed.show("block-progress", progress_of(phase))
+        if now_s - self._shown_s["table"] >= table_period_s:
+            self._shown_s["table"] = now_s
+            self._feed.show("blocks", blocks_table(phase, now_s))
 
     def _history_path(self, trainee: TraineeSpec) -> Path:
         return self._progress / f"{trainee.key}.jsonl"
+
+
+def candidates_of(trainees: list[TraineeSpec], store: Store) -> list[CandidateStatus]:
+    """What is known of all trainees before any job: the figures of those that the store holds."""
+    known = []
+    for trainee in trainees:
+        candidate = CandidateStatus(trainee.block, candidate_name(trainee.config))
+        if is_done(store, trainee):
+            item = read_trainee(store, trainee)
+            candidate = replace(
+                candidate,
+                state="stored",
+                num_epochs=item.result.num_epochs,
+                val_loss=item.result.best_val_loss,
+                damage_kl=item.damage.kl,
+                accuracy_drop=item.damage.accuracy_drop,
+                training_s=item.result.finished_at - item.result.started_at,
+            )
+        known.append(candidate)
+    return known
 
 
 def teachers_artifact() -> Callable[[TeachersStatus], None]:
@@ -203,17 +218,3 @@ def _counts(trainees: list[TraineeSpec]) -> dict[str, int]:
     for trainee in trainees:
         counts[trainee.block] = counts.get(trainee.block, 0) + 1
     return counts
-
-
-def _bars() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )

@@ -8,11 +8,11 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from pbkd._version import __version__
 from pbkd.allocator import keep_freed_memory
+from pbkd.cli.common import stderr_console
 from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
 
 _EXIT_ERROR = 1
@@ -44,7 +44,7 @@ def main() -> None:
         if _debug:
             traceback.print_exc()
         else:
-            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+            stderr_console().print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(_EXIT_USAGE if isinstance(error, ConfigError) else _EXIT_ERROR)
     except Exception as error:
         if _debug:
@@ -78,11 +78,31 @@ def _options(
     global _debug
     _debug = debug
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=debug, show_level=debug, log_time_format="%H:%M:%S"
-    )
+    handler = _handler(debug=debug)
     for name in ("pbkd", "flows"):
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def _handler(*, debug: bool) -> logging.Handler:
+    console = stderr_console()
+    if console.is_terminal:
+        return RichHandler(
+            console=console, show_path=debug, show_level=debug, log_time_format="%H:%M:%S"
+        )
+    handler = _Lines()
+    level = " %(levelname)s" if debug else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{level} %(message)s", "%H:%M:%S"))
+    return handler
+
+
+class _Lines(logging.Handler):
+    """A line per record, however long; to what is standard error at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # noqa: BLE001  as logging's own handlers
+            self.handleError(record)

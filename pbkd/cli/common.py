@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +86,24 @@ def _interrupt(*_: object) -> None:
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
+
+
+@cache
+def stderr_console() -> Console:
+    """Where log lines and the live display go: one console, so that they know of each other."""
+    # settled now: the live display tells other processes by the environment that it is not theirs
+    return Console(stderr=True, force_terminal=Console(stderr=True).is_terminal)
+
+
+@contextmanager
+def live_display(title: str) -> Iterator[None]:
+    """What a run shows while it runs; after ``use_prefect``, whose Ctrl-C it passes on."""
+    from flows.live import LiveDisplay
+    from flows.status import RunStatus, shown
+
+    status = RunStatus()
+    with LiveDisplay(status, stderr_console(), title), shown(status):
+        yield
 
 
 def print_table(table: Table) -> None:

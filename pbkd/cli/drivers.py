@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pbkd.cli.app import app
-from pbkd.cli.common import open_pools, print_table, shown, this_workspace, use_prefect
+from pbkd.cli.common import (
+    live_display,
+    open_pools,
+    print_table,
+    shown,
+    this_workspace,
+    use_prefect,
+)
 from pbkd.errors import ConfigError
 from pbkd.locks import workspace_lock
 
@@ -58,7 +65,7 @@ def run() -> None:
     from flows.server import temporary_server
 
     server = temporary_server()
-    with open_pools() as opened:
+    with live_display("pbkd run"), open_pools() as opened:
         opened.whole.preload()
         from flows.compress import compress
 
@@ -169,13 +176,53 @@ def teachers(
 
 
 @app.command()
-def gc() -> None:
-    """Empty the store of finished items, checkpoints, and labels of views; outputs stay."""
+def gc(
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Old versions in the registry instead.")
+    ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions of each student to keep.")] = 3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --versions: only say which would go.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Model in the registry. [default: register.name]")
+    ] = None,
+) -> None:
+    """Empty the store of finished items, checkpoints, and labels of views; outputs stay.
+
+    With --versions the store stays, and the registry loses versions that no alias names, that are
+    not among the newest of their student, and that no student which stays has for its teacher.
+
+    Example: `pbkd gc --versions --keep 2 --dry-run`
+    """
     workspace = this_workspace()
     with workspace_lock(workspace.root, workspace.state):
+        if versions:
+            _delete_old_versions(workspace, keep, name, dry_run=dry_run)
+            return
         for folder in (workspace.store.root, *map(workspace.state.joinpath, _LEFT_OVERS)):
             shutil.rmtree(folder, ignore_errors=True)
     print(f"emptied {workspace.store.root}")
+
+
+def _delete_old_versions(
+    workspace: Workspace, keep: int, name: str | None, *, dry_run: bool
+) -> None:
+    from pbkd.picking import model_name
+    from pbkd.stages.register import registered_numbers
+    from pbkd.tracking.fetch import open_registry
+    from pbkd.tracking.old_versions import delete_versions, old_versions
+
+    client = open_registry(workspace)
+    model = model_name(workspace, name)
+    old = old_versions(client, model, keep, registered_numbers(workspace, model))
+    for version in old:
+        print(f"{'would delete' if dry_run else 'deleting'} {version.uri} ({version.student})")
+    if not old:
+        print(f"{model} has no version that may go")
+    elif not dry_run:
+        delete_versions(client, old)
+        print(f"deleted {len(old)}; their files go with: mlflow gc")
 
 
 def _print_report(workspace: Workspace) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pbkd.cli.app import app
-from pbkd.cli.common import open_pools, this_workspace, use_device, use_prefect
+from pbkd.cli.common import live_display, open_pools, this_workspace, use_device, use_prefect
 from pbkd.locks import workspace_lock
 
 
@@ -81,7 +81,7 @@ def distill() -> None:
     from flows.server import temporary_server
 
     server = temporary_server()
-    with open_pools() as opened:
+    with live_display("pbkd distill"), open_pools() as opened:
         opened.workers.preload()
         from flows.distill import distill as flow
 

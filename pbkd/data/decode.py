@@ -184,7 +184,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield _lines(total)
         return
     console = Console(stderr=True)
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and console.is_terminal):
         yield _lines(total)
         return
     columns = ("decoding", BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
