@@ -42,6 +42,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_system_metrics() -> Iterator[None]:
+    """A thread per run that outlives its test would write into a store that is gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_params() -> str:
     """params.yaml of the tiny run."""

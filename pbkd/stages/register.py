@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
+from pbkd.models import read_card
 from pbkd.report import (
     MEASURED,
     METRICS,
@@ -19,8 +20,10 @@ from pbkd.report import (
 )
 from pbkd.stages.context import StageContext
 from pbkd.stages.evaluate import model_folders
+from pbkd.stages.run_page import picture_files, summary
 from pbkd.students import load_model
 from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
+from pbkd.tracking.lineage import lock_file
 from pbkd.tracking.registry import Candidate
 from pbkd.tracking.versions import MachineLatency, MeasuredLatency
 
@@ -34,6 +37,13 @@ def run(context: StageContext) -> None:
     pipeline_run.log_metrics(_figures(metrics, measured))
     for name in (METRICS, MEASURED, REPORT):
         pipeline_run.log_file(workspace.results / name)
+    if (lock := lock_file(workspace)) is not None:
+        pipeline_run.log_file(lock)
+    teacher = read_card(workspace.artifacts("teacher"))
+    pipeline_run.log_data(teacher.data_digest)
+    network = teacher.network.name
+    for name, svg in picture_files(metrics, measured, network):
+        pipeline_run.log_text(svg, f"pictures/{name}")
     receipt = register_models(
         workspace,
         pipeline_run,
@@ -42,6 +52,7 @@ def run(context: StageContext) -> None:
         config.max_accuracy_drop,
         digest_of({"params": context.params}),
     )
+    pipeline_run.describe(summary(metrics, measured, network, receipt))
     write_json(workspace.results / REGISTERED, receipt)
     pipeline_run.end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from pbkd.measure import headline
@@ -54,8 +55,13 @@ def _what(student: str, card: ModelCard, limits: Mapping[str, float]) -> Iterato
         "replaced by cheaper ones, distilled from the teacher."
     )
     if limits:
-        bounds = ", ".join(f"{limit:,.6g} {_UNITS[key]}" for key, limit in limits.items())
+        bounds = ", ".join(f"{_limit(key, limit)} {_UNITS[key]}" for key, limit in limits.items())
         yield f"Made for at most {bounds}."
+
+
+def _limit(figure: str, limit: float) -> str:
+    """Counts are whole: a share of an odd one allows no half."""
+    return f"{limit:,.6g}" if figure == "latency" else f"{math.floor(limit):,}"
 
 
 def _table(
@@ -109,6 +115,8 @@ def _lineage(tags: Mapping[str, str]) -> Iterator[str]:
         "weights": "weights_digest",
         "parameters": "params_digest",
         "commit": "commit",
+        "dvc.lock": "dvc_lock_md5",
+        "run": "run_id",
     }
     found = {label: tags.get(f"pbkd.{key}", "") for label, key in known.items()}
     texts = [f"{label} `{_shortened(value)}`" for label, value in found.items() if value]

@@ -6,6 +6,7 @@ through a file in the state folder that names the run and the process that drive
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -15,9 +16,12 @@ from typing import Any
 
 import psutil
 
+from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
 from pbkd.errors import MissingExtraError, TrackingError
+from pbkd.tracking.lineage import commit_of
+from pbkd.tracking.system_metrics import watch_machine
 
 _log = logging.getLogger(__name__)
 
@@ -95,18 +99,21 @@ class PipelineRun:
                 return cls(client, known["run_id"], known["experiment_id"])
             _end_abandoned(client, known["run_id"])
         experiment_id = _experiment(client, workspace)
-        name = time.strftime("%Y-%m-%d %H:%M:%S")
+        name = f"{params.teacher.model} {time.strftime('%m-%d %H:%M:%S')}"
         run = client.create_run(experiment_id, run_name=name, tags=_source_tags(workspace))
         self = cls(client, run.info.run_id, experiment_id)
         self._log_params(self.run_id, _flat(params.model_dump(mode="json", by_alias=True)))
         known = {"uri": uri, "driver": driver, "run_id": self.run_id}
         write_json(path, known | {"experiment_id": experiment_id})
+        watch_machine(self.run_id, uri)
         return self
 
     def log_history(self, stage: str, history: Iterable[Mapping[str, float]]) -> None:
         """A stage's training as series ``stage/figure``; once per run, however often called."""
-        tag = f"pbkd.logged.{stage}"
-        if tag in self.client.get_run(self.run_id).data.tags:
+        kind = stage.partition("/")[0]
+        series, tag = stage.removeprefix(f"{kind}/"), f"pbkd.series.{kind}"
+        logged = self.client.get_run(self.run_id).data.tags.get(tag, "").split(", ")
+        if series in logged:
             return
         points = [
             (f"{stage}/{name}", value, int(line["epoch"]))
@@ -115,7 +122,7 @@ class PipelineRun:
             if name != "epoch"
         ]
         self._log_points(self.run_id, points)
-        self.client.set_tag(self.run_id, tag, "true")
+        self.client.set_tag(self.run_id, tag, ", ".join([*filter(None, logged), series]))
 
     def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
         """Figures of the whole run; those that could not be measured are left out."""
@@ -124,6 +131,23 @@ class PipelineRun:
     def log_file(self, path: Path) -> None:
         """Keep a file with the run."""
         self.client.log_artifact(self.run_id, str(path))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text with the run, as a file of this name."""
+        self.client.log_text(self.run_id, text, name)
+
+    def log_data(self, digest: str) -> None:
+        """Say which images the run is about; MLflow shows them in the list of runs."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        name = self.client.get_run(self.run_id).data.params["prepare.source"]
+        data = Dataset(name, digest, source_type="pbkd", source=json.dumps({"prepare": name}))
+        tags = [InputTag("mlflow.data.context", "distillation")]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(data, tags)])
+
+    def describe(self, markdown: str) -> None:
+        """Set the description on the run's page."""
+        self.client.set_tag(self.run_id, "mlflow.note.content", markdown)
 
     def block_run(self, block: str) -> BlockRun:
         """The child run of a block."""
@@ -229,7 +253,17 @@ def _end_abandoned(client: Any, run_id: str) -> None:
 
 
 def _source_tags(workspace: Workspace) -> dict[str, str]:
-    return {"pbkd.workspace": digest_of(str(workspace.root))[:8]}
+    """Whose run it is, of what; MLflow's pages show these tags as source and author."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    tags = {
+        "pbkd.workspace": digest_of(str(workspace.root))[:8],
+        "mlflow.source.name": f"pbkd {__version__}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit_of(workspace),
+        "mlflow.user": resolve_tags().get("mlflow.user", ""),
+    }
+    return {key: value for key, value in tags.items() if value}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

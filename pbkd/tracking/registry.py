@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from pbkd.models import Classifier, ModelCard
 from pbkd.models.checkpoint import WEIGHTS
 from pbkd.tracking.aliases import move_aliases
 from pbkd.tracking.card import model_card
+from pbkd.tracking.lineage import commit_of, lock_file, md5_of
 from pbkd.tracking.mlflow_run import PipelineRun, mlflow_client, tracking_uri
 from pbkd.tracking.versions import (
     TEACHER,
@@ -36,7 +36,14 @@ from pbkd.tracking.versions import (
 
 _log = logging.getLogger(__name__)
 
-_INPUTS = ("params.yaml", "dvc.yaml", "*.py", "*.dvc")
+_ALIASES = """\
+A teacher and the students that pbkd made of it, a version each.
+
+- `champion`: the smallest student that is accurate enough (`register.max_accuracy_drop`)
+- `best-NAME`: the most accurate version of student NAME under its present limits
+
+Both go by the validation split. The description of a version is its card.
+"""
 MODEL_CARD = "MODEL_CARD.md"
 """The card's file among the artifacts of a model's run; it is the version's description, too."""
 
@@ -102,6 +109,7 @@ def register_models(
     known = all_versions(client, name)
     teacher_digest = next((c.card.digest for c in candidates if c.budget == TEACHER), "")
     data_digest = candidates[0].card.data_digest
+    lock = lock_file(workspace)
     versions: dict[str, Version] = {}
     for candidate in sorted(candidates, key=lambda c: c.budget != TEACHER):
         teacher = versions.get(TEACHER)
@@ -113,18 +121,23 @@ def register_models(
         found = _find(candidate, known)
         if found is not None:
             versions[candidate.budget] = _refresh(client, name, found, tags)
+            if not found.description:  # whoever registered it was killed before the card
+                _describe(client, name, found, candidate)
             continue
         tags |= lineage_tags(
             budget=candidate.budget,
             model_digest=candidate.card.digest,
             weights_digest=file_digest(candidate.folder / WEIGHTS),
-            commit=_commit(workspace),
+            commit=commit_of(workspace),
+            dvc_lock_md5=md5_of(lock) if lock is not None else "",
             params_digest=params_digest,
             run_id=run.run_id,
             version=__version__,
         )
         versions[candidate.budget] = _register(client, run, name, candidate, tags)
     note_origin(client, name, data_digest, teacher_digest)
+    if not known:
+        client.update_registered_model(name, description=_ALIASES)
     limits = {c.budget: c.limits for c in candidates if c.budget != TEACHER}
     champion = move_aliases(client, name, data_digest, limits, max_accuracy_drop)
     return Registered(
@@ -174,6 +187,13 @@ def _register(
     model_uri = _log_model(client, run, candidate)
     with contextlib.redirect_stderr(io.StringIO()):  # it prints what our own log says
         version = mlflow.register_model(model_uri, name, tags=tags)
+    _describe(client, name, version, candidate)
+    _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
+    return Version(version=str(version.version), model_digest=candidate.card.digest)
+
+
+def _describe(client: Any, name: str, version: Any, candidate: Candidate) -> None:
+    """Write a version's card: a file of the model's run, then the version's description."""
     card = model_card(
         name,
         version.version,
@@ -182,31 +202,11 @@ def _register(
         candidate.figures,
         candidate.limits,
         candidate.latency,
-        tags,
+        version.tags,
     )
+    if version.run_id:
+        client.log_text(version.run_id, card, MODEL_CARD)
     client.update_model_version(name, version.version, description=card)
-    client.log_text(run.model_run(candidate.budget), card, MODEL_CARD)
-    _log.info("%s is now version %s of %s", candidate.budget, version.version, name)
-    return Version(version=str(version.version), model_digest=candidate.card.digest)
-
-
-def _commit(workspace: Workspace) -> str:
-    """The commit of the workspace, with `-dirty` where parameters, code or data differ from it.
-
-    Outputs are no part of it: a run changes them. Empty where there is no commit.
-    """
-    git = ["git", "-C", str(workspace.root)]
-    try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
-            for command in (
-                ["rev-parse", "--verify", "--quiet", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", *_INPUTS],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.strip() + ("-dirty" if changes.strip() else "")
 
 
 def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:

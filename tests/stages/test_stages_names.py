@@ -31,7 +31,7 @@ def sections() -> set[str]:
 def stage_files() -> set[str]:
     names = {path.stem for path in (ROOT / "pbkd" / "stages").glob("*.py")}
     shared = {"__init__", "context", "preflight", "preview", "budgets"}
-    of_one_stage = {"planning", "repair_job", "student_job", "labels", "baselines"}
+    of_one_stage = {"planning", "repair_job", "student_job", "labels", "baselines", "run_page"}
     return names - shared - of_one_stage - {"device_time", "runtimes"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def accurate(registry: Registry, accuracy: float, seed: int, **more):
 def aliases(registry: Registry) -> dict[str, str]:
     client = mlflow_client(registry.workspace)
     return {k: str(v) for k, v in client.get_registered_model(registry.name).aliases.items()}
+
+
+def git(root: Path, *arguments: str) -> str:
+    name = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    command = ["git", "-C", str(root), *name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 # ---------------------------------------------------------------- an alias per student
@@ -123,6 +130,38 @@ def test_a_version_has_its_card_and_the_run_has_it_as_a_file(registry, tmp_path)
     copied = client.download_artifacts(run_id, MODEL_CARD, str(tmp_path))
     assert Path(copied).read_text() == text
     assert tags_of(client, registry.name, 2)["pbkd.version"]
+
+
+def test_a_version_that_lost_its_card_gets_it_when_registered_again(registry):
+    candidate = registry.candidate("half", limits={"parameters": 99.5})
+    registry.register(candidate)
+    client = mlflow_client(registry.workspace)
+    card = client.get_model_version(registry.name, "1").description
+    assert "at most 99 parameters" in card
+    client.update_model_version(registry.name, "1", description="")
+    registry.register(candidate)
+    assert len(client.search_model_versions(f"name = '{registry.name}'")) == 1
+    assert client.get_model_version(registry.name, "1").description == card
+
+
+def test_a_version_leads_back_to_its_commit_and_dvcs_record(registry):
+    root = registry.workspace.root
+    (root / "params.yaml").write_text("seed: 0\n")
+    (root / "dvc.lock").write_text("schema: '2.0'\n")
+    git(root, "init", "-q")
+    git(root, "add", "params.yaml")
+    git(root, "commit", "-q", "-m", "first")
+    commit = git(root, "rev-parse", "HEAD").strip()
+    registry.register(registry.candidate("a", seed=1))
+    (root / "params.yaml").write_text("seed: 1\n")
+    registry.register(registry.candidate("b", seed=2))
+    client = mlflow_client(registry.workspace)
+    clean, dirty = (tags_of(client, registry.name, number) for number in (1, 2))
+    assert clean["pbkd.commit"] == commit
+    assert dirty["pbkd.commit"] == f"{commit}-dirty"
+    assert clean["pbkd.dvc_lock_md5"] == "8bf2a4444c7ae2c16f126761249fdf06"
+    card = client.get_model_version(registry.name, "2").description
+    assert f"commit `{commit[:12]}-dirty`" in card
 
 
 def test_a_card_with_many_classes_fits_into_mlflows_column(registry):

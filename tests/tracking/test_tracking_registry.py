@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from pbkd.artifacts import Workspace
-from pbkd.models import ModelCard
+from pbkd.models import ModelCard, read_card
 from pbkd.report import REGISTERED, read_measured, read_metrics
 from pbkd.stages import StageContext, run_stage
 from pbkd.stages.register import is_registered
@@ -120,12 +121,34 @@ def test_the_pipeline_run_shows_figures_and_series_under_names_of_their_own(work
     assert len(client.get_metric_history(run.info.run_id, "teacher/training/val_accuracy")) == 3
     assert run.info.status == "FINISHED"
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert files == {"metrics.json", "measured.json", "report.html"}
+    assert files == {"metrics.json", "measured.json", "report.html", "pictures"}
     models = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id]
     assert {r.data.tags["pbkd.model"]: r.info.status for r in models} == {
         "teacher": "FINISHED",
         "half": "FINISHED",
     }
+
+
+def test_the_run_s_page_says_what_came_out_of_what(workspace, client, tmp_path):
+    experiment = client.get_experiment_by_name("pbkd").experiment_id
+    runs = client.search_runs([experiment])
+    run = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    number = receipt_of(workspace).versions["half"].version
+    text = run.data.tags["mlflow.note.content"]
+    assert f"[version {number}](#/models/tiny/versions/{number}), champion" in text
+    student = read_metrics(workspace.results).students["half"]
+    assert f"- half: {student.val_accuracy:.2%} on the validation split" in text
+    (data,) = run.inputs.dataset_inputs
+    card = read_card(workspace.artifacts("teacher"))
+    assert (data.dataset.name, data.dataset.digest) == ("digits", card.data_digest)
+    series = {key: value for key, value in run.data.tags.items() if key.startswith("pbkd.series")}
+    assert series["pbkd.series.teacher"] == "training"
+    folder = Path(client.download_artifacts(run.info.run_id, "pictures", str(tmp_path)))
+    pictures = {path.name: ElementTree.parse(path).getroot() for path in folder.glob("*.svg")}
+    assert "accuracy_against_file_size.svg" in pictures
+    for picture in pictures.values():
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+        assert float(picture.attrib["width"].removesuffix("pt")) > 0
 
 
 LOAD = """
@@ -212,7 +235,8 @@ def put(client, name, card, digest, val_accuracy, file_bytes, data="d", budget="
         "pbkd.teacher_val_accuracy": "0.9",
         "pbkd.file_bytes": str(file_bytes),
     }
-    return str(client.create_model_version(name, "file:///nowhere", tags=tags).version)
+    version = client.create_model_version(name, "file:///nowhere", tags=tags, description="card")
+    return str(version.version)
 
 
 def champion_among(workspace, client, card, name, versions, max_accuracy_drop) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,52 @@ def test_series_are_logged_once(workspace):
         begin(workspace).log_history("teacher/training", history)
     points = run.client.get_metric_history(run.run_id, "teacher/training/loss")
     assert [(point.step, point.value) for point in points] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+
+
+def test_logged_series_are_kept_apart_by_their_whole_names(workspace):
+    run = begin(workspace)
+    names = ("finetune/a", "finetune/b", "shrink/a/1-prune", "shrink/b/1-prune")
+    for name in names:
+        run.log_history(name, [{"epoch": 0, "loss": 1.0}])
+    data = run.client.get_run(run.run_id).data
+    assert set(data.metrics) == {f"{name}/loss" for name in names}
+    assert data.tags["pbkd.series.shrink"] == "a/1-prune, b/1-prune"
+
+
+def test_a_data_set_is_logged_once(workspace):
+    run = begin(workspace)
+    for _ in range(2):
+        run.log_data("d" * 32)
+    assert len(run.client.get_run(run.run_id).inputs.dataset_inputs) == 1
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
+
+
+def test_the_parent_run_has_system_metrics_until_it_ends(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run = begin(workspace)
+    child = run.model_run("half")
+    (thread,) = threads()
+    name = "system/system_memory_usage_percentage"
+    until = time.monotonic() + 60
+    while name not in run.client.get_run(run.run_id).data.metrics:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    begin(workspace)
+    assert threads() == [thread]
+    run.end()
+    thread.join(60)
+    assert not threads()
+    assert not run.client.get_run(child).data.metrics
+
+
+def test_system_metrics_can_be_switched_off(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    begin(workspace)
+    assert not threads()
 
 
 def test_what_was_not_measured_is_left_out(workspace):

@@ -28,19 +28,22 @@ def test_a_served_version_answers_with_the_models_logits(new_store: Path, tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow's uvicorn
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri(registry.workspace), "PATH": programs}
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny@best-half"),
             *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
         ],
-        env=os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(registry.workspace)},
+        env=os.environ | environment,
         start_new_session=True,
     )
     try:
         images = torch.rand(3, 1, 8, 8)
         answer = _post(f"http://127.0.0.1:{port}/invocations", {"inputs": images.tolist()}, server)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
     expected = candidate.model(images)
     torch.testing.assert_close(torch.tensor(answer["predictions"]), expected, rtol=1e-4, atol=1e-4)

@@ -169,7 +169,7 @@ def test_a_registry_elsewhere_leaves_no_trace_here(registry, tmp_path, monkeypat
         ("models:/tinny/1", "no model of the name `tinny`; did you mean `tiny`?"),
         ("models:/else/1", "no model of the name `else`; it has tiny"),
         ("models:/tiny/9", "no version 9 that pbkd registered; such are 1, 2, 3"),
-        ("models:/tiny@best", "no alias `best`; it has @champion"),
+        ("models:/tiny@best", "no alias `best`; it has @best-large, @best-small, @champion"),
     ],
 )
 def test_what_a_registry_has_not_is_said_with_what_it_has(client, uri, said) -> None:
