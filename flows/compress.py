@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from flows.activations import activations
 from flows.artifacts import publish_results
 from flows.distill import distill
 from flows.dvc_gate import gate, hold_pipeline
+from flows.overrides import write_overrides
 from flows.pools import Pools, pools
 from flows.retry import is_worth_a_retry
 from flows.status import RunStatus, event, the_status
 from flows.students import finetune_students, shrink_students, stitch_students
 from pbkd.artifacts import Workspace
 from pbkd.config import Params
+from pbkd.errors import WorkspaceBusyError
 from pbkd.locks import workspace_lock
 from pbkd.stages import STAGES, StageContext, run_stage
 from pbkd.stages.preflight import preflight
@@ -34,24 +42,39 @@ _OF_STUDENTS = {
     "finetune": finetune_students,
     "shrink": shrink_students,
 }
+_WAIT_S = 1.0
+"""How often a run that waits for another one looks whether it has ended."""
 _TRACKED = ("distill", "register")
 """Stages that log into the run in MLflow; before it has begun they would begin another."""
 
 
 @flow(name="compress", validate_parameters=False)
-def compress(root: str = ".", state: str | None = None) -> None:
+def compress(
+    root: str = ".",
+    state: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    if_busy: Literal["fail", "wait"] = "fail",
+) -> None:
     """Compress the teacher of a workspace: every stage that is not up to date.
 
     Args:
-        root: the workspace's folder.
-        state: its state folder; default: .pbkd beside the DVC root.
+        root: The workspace's folder, absolute.
+        state: Its state folder. Empty: `.pbkd` beside the DVC root.
+        overrides: Parameters to set in params.yaml before the run, by dotted name:
+            `{"distill.epochs": 20}`. They stay in the file, for later runs, too.
+        if_busy: What to do while another run holds the workspace: `fail` with its pid, or `wait`.
 
     Raises:
-        WorkspaceBusyError: another run holds the workspace.
+        ConfigError: params.yaml is not valid, or would not be with the overrides.
+        WorkspaceBusyError: another run holds the workspace, and `if_busy` is not `wait`.
         PbkdError: a stage failed; what earlier stages finished is kept.
     """
     workspace = Workspace.find(Path(root), Path(state) if state else None)
-    with workspace_lock(workspace.root, workspace.state), hold_pipeline(workspace):
+    if deployment.id:
+        _log_to_prefect()
+    with _held(workspace, wait=if_busy == "wait"):
+        for change in write_overrides(workspace.params, overrides or {}):
+            event(f"params.yaml: {change}")
         context = StageContext.load(workspace)
         preflight(context)
         with pools(context.settings) as opened:
@@ -70,6 +93,51 @@ def compress(root: str = ".", state: str | None = None) -> None:
                 raise
         run.result().end()
         publish_results(workspace, run.result())
+
+
+@contextmanager
+def _held(workspace: Workspace, *, wait: bool) -> Iterator[None]:
+    """Hold the workspace, and the files of its stages against a ``dvc repro``."""
+    lock = partial(workspace_lock, workspace.root, workspace.state, command=_of_a_deployment())
+    locks: list[Callable[[], AbstractContextManager[None]]]
+    locks = [lock, partial(hold_pipeline, workspace)]
+    if wait:
+        # a stage of `dvc repro` must not find the workspace taken by one who only looks
+        locks.reverse()
+    said = ""
+    while True:
+        with ExitStack() as held:
+            try:
+                for take in locks:
+                    held.enter_context(take())
+            except WorkspaceBusyError as error:
+                if not wait:
+                    raise
+                if said != str(error):
+                    event(f"waiting: {error}")
+                said = str(error)
+            else:
+                yield
+                return
+        time.sleep(_WAIT_S)
+
+
+def _log_to_prefect() -> None:
+    """Send what the library logs to the flow run's page; under a worker nobody else does."""
+    handlers = {
+        *logging.getLogger("prefect.extra").handlers,
+        *logging.getLogger("prefect").handlers,
+    }
+    for name in ("pbkd", "flows"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        for handler in handlers.difference(logger.handlers):
+            logger.addHandler(handler)
+
+
+def _of_a_deployment() -> str | None:
+    """What to call this run where a worker runs it, whose command line says nothing."""
+    return f"Prefect's flow run {flow_run.name}" if deployment.id else None
 
 
 def _begin(workspace: Workspace, params: Params, opened: Pools) -> Future[PipelineRun]:

@@ -22,16 +22,19 @@ def device_lock_dir() -> Path:
 
 
 @contextmanager
-def file_lock(path: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None]:
+def file_lock(
+    path: Path, what: str, *, timeout_s: float = 0.0, command: str | None = None
+) -> Iterator[None]:
     """Hold an exclusive lock on ``path``; the file names the holder.
 
     Args:
         path: lock file; made where missing, never deleted (deleting would let two in).
         what: the thing that is locked, for the message ("workspace /x", "device cpu-0").
-        timeout_s: how long to wait for another holder, in seconds; ``inf`` waits for ever.
+        timeout_s: how long to wait for another holder, in seconds.
+        command: what holds it, for the message of those who want it, too; default: argv.
 
     Raises:
-        WorkspaceBusyError: somebody else holds it; the message has pid and command.
+        WorkspaceBusyError: somebody else holds it; the message has pid, command, and since when.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -47,7 +50,11 @@ def file_lock(path: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None
                         f"{what} is in use by {_holder(path)}; wait for it to end, or stop it"
                     ) from None
                 time.sleep(0.05)
-        holder = {"pid": os.getpid(), "command": " ".join(sys.argv)}
+        holder = {
+            "pid": os.getpid(),
+            "command": command or " ".join(sys.argv),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
@@ -55,15 +62,17 @@ def file_lock(path: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None
         os.close(descriptor)
 
 
-def workspace_lock(root: Path, state: Path) -> AbstractContextManager[None]:
-    """Hold a workspace for a run; WorkspaceBusyError with pid and command where another has it."""
+def workspace_lock(
+    root: Path, state: Path, *, command: str | None = None
+) -> AbstractContextManager[None]:
+    """Hold a workspace for a run; WorkspaceBusyError, as of ``file_lock``, where another has it."""
     name = hashlib.blake2b(str(root).encode(), digest_size=6).hexdigest()
-    return file_lock(state / f"run-{name}.lock", f"workspace {root}")
+    return file_lock(state / f"run-{name}.lock", f"workspace {root}", command=command)
 
 
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
-        return f"process {holder['pid']} ({holder['command']})"
+        return f"process {holder['pid']} ({holder['command']}) since {holder['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"

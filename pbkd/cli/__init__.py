@@ -9,3 +9,4 @@ from pbkd.cli.app import app as app, main as main
 from pbkd.cli import stages as stages
 from pbkd.cli import drivers as drivers
 from pbkd.cli import models as models
+from pbkd.cli import servers as servers

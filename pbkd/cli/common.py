@@ -64,10 +64,15 @@ def this_workspace() -> Workspace:
     return Workspace.find(state=Settings.from_env().state_dir)
 
 
-def use_prefect() -> None:
-    """Quiet, local Prefect, and a Ctrl-C that ends it; before Prefect is imported."""
+def use_quiet_prefect() -> None:
+    """Let Prefect send nothing home; before it is imported."""
     for name, value in _PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def use_prefect() -> None:
+    """Quiet, local Prefect, and a Ctrl-C that ends it; before Prefect is imported."""
+    use_quiet_prefect()
     # what went wrong is said once, by main(); Prefect would print a stack trace for it
     debug = logging.getLogger("pbkd").level == logging.DEBUG
     level = "ERROR" if debug else "CRITICAL"
