@@ -22,6 +22,7 @@ from pbkd.report.svg import (
     series_style,
     set_log_scale,
     svg_of,
+    tell,
 )
 
 Kind = Literal["teacher", "student", "scratch", "distill"]
@@ -168,10 +169,10 @@ def _key_figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _mark(axes: Any, kind: Kind, at: tuple[float, float]) -> None:
+def _mark(axes: Any, kind: Kind, at: tuple[float, float]) -> Any:
     style = _STYLES[kind]
     filled = kind in ("teacher", "student")
-    axes.plot(
+    (mark,) = axes.plot(
         *at,
         color=style.colour,
         marker=style.marker,
@@ -180,6 +181,7 @@ def _mark(axes: Any, kind: Kind, at: tuple[float, float]) -> None:
         linestyle="none",
         zorder=3,
     )
+    return mark
 
 
 def _drawn(points: Sequence[Point], axis: Axis, width: float, height: float) -> tuple[Any, Any]:
@@ -194,7 +196,8 @@ def _drawn(points: Sequence[Point], axis: Axis, width: float, height: float) -> 
         ends = [min(heights), max(heights)]
         axes.plot([own[0].cost] * 2, ends, color=INK, linewidth=0.7, alpha=0.22, zorder=0)
     for point in points:
-        _mark(axes, point.kind, (point.cost, 100 * point.test_accuracy))
+        mark = _mark(axes, point.kind, (point.cost, 100 * point.test_accuracy))
+        tell(mark, told_of(point, axis))
     members = front_of(points)
     axes.plot([p.cost for p in members], [100 * p.test_accuracy for p in members], **_FRONT)
     costs = [point.cost for point in points]
@@ -209,6 +212,12 @@ def _drawn(points: Sequence[Point], axis: Axis, width: float, height: float) -> 
     axes.set_ylabel("test accuracy (%)", fontsize=_FONT + 0.5)
     axes.set_xlabel(f"{axis.label} (logarithmic)", fontsize=_FONT + 0.5)
     return figure, axes
+
+
+def told_of(point: Point, axis: Axis) -> str:
+    """A point in words: cost, and both accuracies."""
+    accuracies = f"{point.test_accuracy:.2%} test, {point.val_accuracy:.2%} validation"
+    return f"{point.name}: {axis.text(point.cost)}, {accuracies}"
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:

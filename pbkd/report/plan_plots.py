@@ -98,7 +98,9 @@ def planned_jobs(plan: Plan, speeds: Sequence[float]) -> str:
             start_s = plan.fill_s + plan.placement.starts_s[index]
             span = (start_s / unit_s, durations[index] / unit_s)
             number = str(int(job.job_id.removeprefix("job-")))
-            add_bar(axes, span, row, _FEEDS[_feed(job)], number, last)
+            took = f"{span[1]:.3g} {unit} from {span[0]:.3g} on"
+            told = f"Job {number} on worker {worker + 1}: {took}, {_feed(job)}"
+            add_bar(axes, span, row, _FEEDS[_feed(job)], number, last, told)
     step = 1 + len(speeds) // 40
     rows = range(0, len(speeds), step)
     axes.set_yticks(list(rows), [str(row + 1) for row in rows])

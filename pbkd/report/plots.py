@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from pbkd.report.results import BlockPhase, TraineeFigures
+from pbkd.report.results import BlockPhase, JobFigures, TraineeFigures
 from pbkd.report.svg import (
     INK,
     SeriesStyle,
@@ -14,9 +14,11 @@ from pbkd.report.svg import (
     series_style,
     set_log_scale,
     svg_of,
+    tell,
 )
 
 GANTT_WIDTH = 7.5  # inches
+_FEW = 4  # trainees that a job's bar names
 _CHARACTER = 0.6  # width of a digit over the height of its font
 
 
@@ -39,13 +41,19 @@ def damages(
     for trainee in trainees:
         style = styles[trainee.candidate]
         kl, row = trainee.damage.kl, rows[trainee.block]
-        axes.plot(
+        is_chosen = (trainee.block, trainee.candidate) in chosen
+        (mark,) = axes.plot(
             high if kl is None else max(kl, low),
             row,
             color=style.colour,
             marker="x" if kl is None else style.marker,
-            fillstyle="full" if (trainee.block, trainee.candidate) in chosen else "none",
+            fillstyle="full" if is_chosen else "none",
             clip_on=False,
+        )
+        damage = "not finite" if kl is None else f"{kl:.3g} nats"
+        tell(
+            mark,
+            f"{trainee.block}, {trainee.candidate}: {damage}{', chosen' if is_chosen else ''}",
         )
         if kl is None:
             axes.annotate(
@@ -82,7 +90,8 @@ def loss_curves(trainees: Sequence[TraineeFigures]) -> dict[str, str]:
             style = styles[trainee.candidate]
             x = [epoch + 1 for epoch, _ in trainee.val_losses]
             y = [loss for _, loss in trainee.val_losses]
-            axes.plot(x, y, color=style.colour, linestyle=style.dashes, linewidth=1.8)
+            for line in axes.plot(x, y, color=style.colour, linestyle=style.dashes, linewidth=1.8):
+                tell(line, _from_to([trainee]))
         axes.set_xlim(-0.03 * (last + 1), 1.03 * (last + 1))
         axes.set_xticks([0, last + 1])
         set_log_scale(axes, "y", (low, high), "{:g}".format)
@@ -117,7 +126,8 @@ def jobs(phase: BlockPhase) -> str:
     height = 0.56 if is_predicted else 0.8
     for number, job in enumerate(phase.in_order, start=1):
         top = rows[job.worker] - 0.4
-        add_bar(axes, (job.started_s, job.duration_s), (top, height), style, str(number), last_s)
+        span = (job.started_s, job.duration_s)
+        add_bar(axes, span, (top, height), style, str(number), last_s, _told_of(job, number))
         if job.predicted_s is not None:
             span = (job.started_s, job.predicted_s)
             axes.broken_barh(
@@ -147,6 +157,7 @@ def add_bar(
     style: SeriesStyle,
     label: str,
     last: float,
+    told: str = "",
 ) -> None:
     """Draw a job's bar, with the label where there is room for it.
 
@@ -154,8 +165,11 @@ def add_bar(
         span: start and duration.
         row: top and height, in rows.
         last: where the chart ends, in the unit of ``span``.
+        told: what the bar means; empty: nothing is told.
     """
-    axes.broken_barh([span], row, facecolor=style.colour, alpha=0.3)
+    bar = axes.broken_barh([span], row, facecolor=style.colour, alpha=0.3)
+    if told:
+        tell(bar, told)
     axes.broken_barh([span], row, facecolor="none", edgecolor=style.colour)
     room = 60 * GANTT_WIDTH * span[1] / last  # points; the axes take most of the width
     if room > 8 * _CHARACTER * len(label) + 2:
@@ -163,6 +177,14 @@ def add_bar(
             span[0] + span[1] / 2, row[0] + row[1] / 2, literal(label), fontsize=8,
             ha="center", va="center_baseline", color=INK,
         )  # fmt: skip
+
+
+def _told_of(job: JobFigures, number: int) -> str:
+    planned = "" if job.predicted_s is None else f", predicted {job.predicted_s:.3g} s"
+    few = ", ".join(job.trained[:_FEW]) or "nothing"
+    more = f" and {len(job.trained) - _FEW} more" if len(job.trained) > _FEW else ""
+    took = f"{job.duration_s:.3g} s from {job.started_s:.1f} s on{planned}"
+    return f"Job {number} on {job.worker}: {took}; trained {few}{more}"
 
 
 def _styles(trainees: Sequence[TraineeFigures]) -> dict[str, SeriesStyle]:

@@ -22,6 +22,8 @@ _VARIABLES = {INK: "currentColor"} | {
 }
 _DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 _MARKERS = "osD^"
+_TOLD = "told: "
+"""What the id of a mark with a text begins with, on its way through matplotlib."""
 
 
 class SeriesStyle(NamedTuple):
@@ -97,8 +99,15 @@ def set_log_scale(
     axis.set_ticks(ticks, [text(tick) for tick in ticks])
 
 
+def tell(artist: Any, text: str) -> None:
+    """Say what a mark means: its name for those who do not see it, and its tooltip in the page."""
+    artist.set_gid(_TOLD + text)
+
+
 def svg_of(figure: Any, alt: str) -> str:
     """SVG for an HTML page, without a size of its own; equal for equal pictures.
+
+    Marks with a text by ``tell`` are focusable: the first by Tab, the others by the page's script.
 
     Args:
         alt: what a reader hears who does not see the picture; it also keeps the picture's ids apart
@@ -117,7 +126,15 @@ def svg_of(figure: Any, alt: str) -> str:
     body = re.sub(r' id="[\w.]+_\d+"', "", body)  # figure_1 is in every picture, and unused
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r"(?<=[: ])#[0-9a-f]{6}(?=[;\"])", _variable, body)
-    return f'<svg {view_box[0]} role="img" aria-label="{html.escape(alt)}">{body}'
+    body, num_told = re.subn(f'<g id="{_TOLD}([^"]*)">', _told, body)
+    body = body.replace(' tabindex="-1"', ' tabindex="0"', 1)
+    role = "group" if num_told else "img"
+    return f'<svg {view_box[0]} role="{role}" aria-label="{html.escape(alt)}">{body}'
+
+
+def _told(found: re.Match[str]) -> str:
+    text = found[1]
+    return f'<g class="mark" tabindex="-1" role="img" aria-label="{text}"><title>{text}</title>'
 
 
 def _variable(found: re.Match[str]) -> str:
