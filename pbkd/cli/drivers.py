@@ -149,9 +149,40 @@ def _numbers_of_workers(text: str) -> list[int]:
 
 
 @app.command()
-def report() -> None:
-    """Print the final table, and where the report and the registry are."""
-    _print_report(this_workspace())
+def report(
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="RUN_A RUN_B", help="Two runs side by side instead."),
+    ] = None,
+) -> None:
+    """Print the final table, and where the report and the registry are.
+
+    A run is a workspace's folder, a commit, branch or tag, or an experiment of DVC. Example:
+    `pbkd report --compare HEAD~1 .`
+    """
+    workspace = this_workspace()
+    if compare is None:
+        _print_report(workspace)
+    else:
+        _print_comparison(workspace, compare)
+
+
+def _print_comparison(workspace: Workspace, names: tuple[str, str]) -> None:
+    from pbkd.artifacts import atomic_path
+    from pbkd.report import comparison
+    from pbkd.report.runs import read_run
+
+    before, after = (read_run(name, workspace.root) for name in names)
+    print_table(comparison.comparison_table(before, after))
+    settings = comparison.settings_table(before, after)
+    if settings is not None and settings.rows:
+        print_table(settings)
+    for note in comparison.notes(before, after):
+        print(note)
+    path = workspace.state / comparison.COMPARISON
+    with atomic_path(path) as temporary:
+        temporary.write_text(comparison.render_comparison(before, after))
+    print(f"\nPage:      {shown(path)} (open it in a browser)")
 
 
 @app.command()

@@ -135,6 +135,46 @@ def picture(points: Sequence[Point], axis: Axis) -> str:
     return svg_of(figure, f"Test accuracy against {axis.title}: {told}")
 
 
+def fronts(runs: Sequence[Sequence[Point]], axis: Axis) -> str:
+    """The points of several runs, each with its own front, in one picture."""
+    points = [point for own in runs for point in own]
+    width, height = 7.2, 4.8
+    labelled = points if len(points) <= MANY else []
+    for _ in range(6):
+        figure, axes = _empty(points, axis, width, height)
+        for own, style in zip(runs, _run_styles(len(runs)), strict=True):
+            look = {"color": style.colour, "marker": style.marker, "markersize": _MARKER}
+            for point in own:
+                (mark,) = axes.plot(point.cost, 100 * point.test_accuracy, **look, zorder=3)
+                tell(mark, told_of(point, axis))
+            members = front_of(own)
+            axes.plot(
+                [p.cost for p in members],
+                [100 * p.test_accuracy for p in members],
+                **_FRONT | {"color": style.colour, "linestyle": style.dashes},
+            )
+        if _label(figure, axes, labelled, points):
+            break
+        height *= 1.4
+    told = ", ".join(f"{p.name} {axis.text(p.cost)}, {p.test_accuracy:.1%}" for p in points)
+    return svg_of(figure, f"Test accuracy against {axis.title} of {len(runs)} runs: {told}")
+
+
+def run_keys(names: Sequence[str]) -> dict[str, str]:
+    """What each mark of ``fronts`` means, by the names of the runs."""
+    marks = {}
+    for name, style in zip(names, _run_styles(len(names)), strict=True):
+        figure, axes = _key_figure()
+        axes.plot([0, 2], [0, 0], **_FRONT | {"color": style.colour, "linestyle": style.dashes})
+        axes.plot(1, 0, color=style.colour, marker=style.marker, markersize=_MARKER)
+        marks[name] = svg_of(figure, f"Mark and line of run {name}")
+    return marks
+
+
+def _run_styles(num: int) -> list[SeriesStyle]:
+    return [series_style(index) for index in range(num)]
+
+
 def keys(metrics: Metrics) -> dict[str, str]:
     """What each mark means, for a legend in the page's own text."""
     kinds: dict[Kind, str] = {"teacher": "teacher", "student": "student"}
@@ -186,10 +226,7 @@ def _mark(axes: Any, kind: Kind, at: tuple[float, float]) -> Any:
 
 def _drawn(points: Sequence[Point], axis: Axis, width: float, height: float) -> tuple[Any, Any]:
     """Figure and axes with marks and front, without labels."""
-    figure, axes = new_figure(width, height, layout=None)
-    figure.subplots_adjust(
-        left=0.62 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.1 / height
-    )
+    figure, axes = _empty(points, axis, width, height)
     for student in dict.fromkeys(p.student for p in points if p.student is not None):
         own = [p for p in points if student in (p.student, p.name)]
         heights = [100 * p.test_accuracy for p in own]
@@ -200,6 +237,15 @@ def _drawn(points: Sequence[Point], axis: Axis, width: float, height: float) -> 
         tell(mark, told_of(point, axis))
     members = front_of(points)
     axes.plot([p.cost for p in members], [100 * p.test_accuracy for p in members], **_FRONT)
+    return figure, axes
+
+
+def _empty(points: Sequence[Point], axis: Axis, width: float, height: float) -> tuple[Any, Any]:
+    """Figure and axes with room for the points."""
+    figure, axes = new_figure(width, height, layout=None)
+    figure.subplots_adjust(
+        left=0.62 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.1 / height
+    )
     costs = [point.cost for point in points]
     room = max(1.35, (max(costs) / min(costs)) ** 0.1)
     limits = (min(costs) / room, max(costs) * room)
