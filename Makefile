@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check docs bench lock clean
 
 demo: $(READY)
 	dvc repro
@@ -19,6 +19,10 @@ check: $(READY)
 	ruff check .
 	mypy
 	lint-imports
+
+# Into site/; open site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 # `make bench QUICK=--quick` takes minutes instead of an hour.
 bench: $(READY)

@@ -40,7 +40,7 @@ def test_a_digest_depends_on_everything_else(other: object) -> None:
 
 
 def test_a_digest_takes_configurations_and_paths() -> None:
-    assert digest_of(AugmentConfig(pad=1)) == digest_of({"flip": False, "pad": 1})
+    assert digest_of(AugmentConfig(pad=1)) == digest_of({"erase": 0, "flip": False, "pad": 1})
     assert digest_of(Path("a/b")) == digest_of("a/b")
     with pytest.raises(TypeError, match="Tensor is not JSON"):
         digest_of(torch.zeros(1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pbkd.report import pareto
 from pbkd.report.family import summary_sentence
-from pbkd.report.numbers import count_text, ms_text, size_text
+from pbkd.report.numbers import count_text, size_text
 from pbkd.report.results import ModelFigures
 from pbkd.report.runs import Run
 from pbkd.report.tables import Table
@@ -23,13 +23,14 @@ _FILE_SIZE = pareto.Axis("file size", "file size", size_text)
 def comparison_table(before: Run, after: Run) -> Table:
     """Teacher and students of both; each cell is before, after, and the change.
 
-    Latency is compared only where one machine measured both, with the same threads.
+    Speed is told against the run's own teacher, whose latency was measured in turns with the
+    student's, and only where one machine measured both runs, with the same batches and threads.
     """
     names = dict.fromkeys(["teacher", *before.metrics.by_size, *after.metrics.by_size])
     latency = latency_is_comparable(before, after)
     heads = ["model", "accuracy (test)", "accuracy (validation)", "file", "parameters", "MACs"]
     if latency:
-        heads += [f"latency, batch {e.batch_size}" for e in before.measured.headline["teacher"]]
+        heads += [f"speed, batch {e.batch_size}" for e in before.measured.headline["teacher"]]
     rows = []
     for name in names:
         one, two = _model(before, name), _model(after, name)
@@ -51,13 +52,10 @@ def comparison_table(before: Run, after: Run) -> Table:
             cell(lambda model: model.macs, count_text),
         ]
         if latency:
-            medians = [
-                [entry.median_ms for entry in run.measured.headline.get(name, ())]
-                for run in (before, after)
-            ]
-            for index in range(len(heads) - len(cells) - 1):
-                old, new = (own[index] if index < len(own) else None for own in medians)
-                cells.append(_cell(old, new, ms_text, _ratio))
+            speeds = [_speeds(run, name) for run in (before, after)]
+            for index in range(len(before.measured.headline["teacher"])):
+                old, new = (own[index] if own else None for own in speeds)
+                cells.append(_cell(old, new, "{:.2f}x".format, _ratio))
         rows.append((name, *cells))
     return Table(f"{before.name} -> {after.name}", tuple(heads), tuple(rows))
 
@@ -94,7 +92,7 @@ def notes(before: Run, after: Run) -> list[str]:
     said = []
     if not latency_is_comparable(before, after):
         said.append(
-            "Latency is left out: the runs were measured on other machines, or with other "
+            "Speed is left out: the runs were measured on other machines, or with other "
             "batches or threads."
         )
     if before.params is None or after.params is None:
@@ -126,7 +124,9 @@ def fronts(before: Run, after: Run) -> str:
     """Both Pareto fronts against file bytes, as SVG."""
     runs = [
         [
-            point._replace(name=f"{point.name} ({run.name})")
+            point._replace(
+                name=f"{'teacher' if point.kind == 'teacher' else point.name} ({run.name})"
+            )
             for point in pareto.points_of(run.metrics, "teacher", lambda _, m: m.file_bytes)
             if point.student is None
         ]
@@ -137,6 +137,13 @@ def fronts(before: Run, after: Run) -> str:
 
 def _model(run: Run, name: str) -> ModelFigures | None:
     return run.metrics.teacher if name == "teacher" else run.metrics.students.get(name)
+
+
+def _speeds(run: Run, name: str) -> list[float]:
+    """How many times as fast as the run's teacher, by batch size; empty: not in the run."""
+    latency = run.measured.headline
+    pairs = zip(latency["teacher"], latency.get(name, ()), strict=False)
+    return [teacher.median_ms / own.median_ms for teacher, own in pairs]
 
 
 def _cell(

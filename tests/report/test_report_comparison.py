@@ -51,17 +51,16 @@ def test_each_figure_stands_beside_the_other_with_its_change():
     assert shown["teacher"]["file"] == "15.2 MB (equal)"
     assert shown["sweep-1"]["file"] == "6.24 MB -> 1.56 MB (0.25x)"
     old, new = (run.metrics.students["sweep-1"].test_accuracy for run in (before, after))
-    assert (
-        shown["sweep-1"]["accuracy (test)"] == f"{old:.2%} -> {new:.2%} ({100 * (new - old):+.2f})"
-    )
-    assert shown["sweep-1"]["latency, batch 1"] == "3.55 ms (equal)"
+    points = 100 * (new - old)
+    assert shown["sweep-1"]["accuracy (test)"] == f"{old:.2%} -> {new:.2%} ({points:+.2f})"
+    assert shown["sweep-1"]["speed, batch 1"] == "1.16x (equal)"
 
 
 def test_a_student_of_one_run_alone_is_shown_without_a_change():
     shown = cells(run_of("a", 1), run_of("b", 2))
     assert shown["half"]["file"] == "7.61 MB -> -"
     assert shown["sweep-2"]["file"] == "- -> 7.61 MB"
-    assert shown["sweep-2"]["latency, batch 1"] == "- -> 3.81 ms"
+    assert shown["sweep-2"]["speed, batch 1"] == "- -> 1.08x"
 
 
 def test_latency_of_another_machine_is_left_out_and_said():
@@ -70,7 +69,7 @@ def test_latency_of_another_machine_is_left_out_and_said():
     machine = after.measured.machine.model_copy(update={"machine_id": "other"})
     after = replace(after, measured=after.measured.model_copy(update={"machine": machine}))
     assert not latency_is_comparable(before, after)
-    assert not any("latency" in head for head in comparison_table(before, after).heads)
+    assert not any("speed" in head for head in comparison_table(before, after).heads)
     assert "other machines" in notes(before, after)[0]
 
 
