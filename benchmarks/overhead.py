@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from pathlib import Path
 import harness
 from workspaces import make_workspace
 
+from flows.server import answers
 from pbkd.stages import STAGES
 
 BIN = Path(sys.executable).parent
@@ -121,7 +121,7 @@ def prefect_server(folder: Path) -> Iterator[str]:
     try:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
+            if answers(f"{url}/health"):
                 break
             time.sleep(0.3)
         yield url

@@ -53,7 +53,7 @@ class TemporaryServer:
             return
         deadline = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
+            if answers(f"{self.url}/health"):
                 return
             time.sleep(_POLL_S)
         raise PbkdError(
@@ -107,3 +107,10 @@ def _is_configured() -> bool:
     return any(name in os.environ for name in names) or any(
         path.is_file() and sign in path.read_text(errors="replace") for path, sign in signs.items()
     )
+
+
+def answers(url: str, timeout_s: float = 2.0) -> bool:
+    """Whether an HTTP server answers a GET with 200."""
+    with suppress(OSError), urllib.request.urlopen(url, timeout=timeout_s) as answer:  # noqa: S310
+        return bool(answer.status == 200)
+    return False

@@ -5,6 +5,7 @@ A server that the environment names (PREFECT_API_URL, MLFLOW_TRACKING_URI) is us
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flows.server import answers
 from flows.supervisor import GRACE_S
 from pbkd.artifacts import Workspace
 from pbkd.errors import ConfigError, PbkdError
@@ -26,7 +28,7 @@ from pbkd.tracking import tracking_uri
 _START_S = 180.0
 _POLL_S = 0.2
 _END_S = GRACE_S + 5.0
-_EVERYWHERE = ("", "0.0.0.0", "::")
+_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - asks, does not bind
 
 
 @dataclass
@@ -158,6 +160,8 @@ def _mlflow(workspace: Workspace, logs: Path, host: str, port: int) -> Service:
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # not an argument: everybody on the machine sees those, and it may hold a password
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri(workspace),
     }
     if near != far and "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ:
         # MLflow refuses requests for other names than these; private networks are its own default
@@ -167,7 +171,6 @@ def _mlflow(workspace: Workspace, logs: Path, host: str, port: int) -> Service:
         "MLflow's server",
         [
             *("mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", tracking_uri(workspace)),
             *("--artifacts-destination", (workspace.state / "mlartifacts").as_uri()),
         ],
         logs / "mlflow.log",
@@ -226,19 +229,17 @@ def _check_free(host: str, port: int, option: str) -> None:
             ) from None
 
 
-def answers(url: str, timeout_s: float = 2.0) -> bool:
-    """Whether something answers a GET with 200."""
-    with suppress(OSError), urllib.request.urlopen(url, timeout=timeout_s) as answer:
-        return bool(answer.status == 200)
-    return False
-
-
 def _is_at_work(api: str, pool: str, worker: str) -> bool:
-    asked = urllib.request.Request(
+    headers = {"Content-Type": "application/json"}
+    if auth := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    elif key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    asked = urllib.request.Request(  # noqa: S310 - what PREFECT_API_URL names
         f"{api}/work_pools/{urllib.parse.quote(pool)}/workers/filter",
         json.dumps({"workers": {"operator": "and_"}}).encode(),
-        {"Content-Type": "application/json"},
+        headers,
     )
-    with suppress(OSError), urllib.request.urlopen(asked, timeout=5) as answer:
+    with suppress(OSError), urllib.request.urlopen(asked, timeout=5) as answer:  # noqa: S310
         return any(found["name"] == worker for found in json.load(answer))
     return False

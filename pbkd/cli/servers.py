@@ -10,6 +10,7 @@ import typer
 from pbkd.cli.app import app
 from pbkd.cli.common import this_workspace, use_quiet_prefect
 from pbkd.errors import ConfigError
+from pbkd.redaction import without_secrets
 
 if TYPE_CHECKING:
     from pbkd.artifacts import Workspace
@@ -41,11 +42,11 @@ def up(
     print(f"starting {names}; this takes half a minute", flush=True)
     try:
         with running(services):
-            print(f"Prefect:  {addresses.prefect}")
-            print(f"MLflow:   {addresses.mlflow}")
+            print(f"Prefect:  {without_secrets(addresses.prefect)}")
+            print(f"MLflow:   {without_secrets(addresses.mlflow)}")
             print(f"Worker:   of pool {pool}; logs in {workspace.state / 'logs'}")
             print("\nIn another terminal, in this workspace:")
-            print(f"  export PREFECT_API_URL={addresses.prefect_api}")
+            print(f"  export PREFECT_API_URL={without_secrets(addresses.prefect_api)}")
             print(f"  pbkd deploy --pool {pool}        # once")
             print(f"  prefect deployment run compress/{deployment_name(workspace)}")
             print("\nCtrl-C ends all of it, running flows too.", flush=True)

@@ -19,6 +19,8 @@ from pbkd.shrink import StepFigures
 
 METRICS = "metrics.json"
 MEASURED = "measured.json"
+MODELS = "models.json"
+"""Teacher, students and baselines, a row each, for `dvc plots`."""
 REPORT = "report.html"
 REGISTERED = "registered.json"
 
@@ -112,6 +114,22 @@ class Metrics(_Record):
         """The students, largest file first."""
         ordered = sorted(self.students.items(), key=lambda item: (-item[1].file_bytes, item[0]))
         return dict(ordered)
+
+
+def model_rows(metrics: Metrics) -> list[dict[str, str | float]]:
+    """The models of ``metrics.json`` as rows; ``kind``: teacher, student, or that of a baseline."""
+    models = [("teacher", "teacher", metrics.teacher)]
+    models += [(name, "student", student) for name, student in metrics.by_size.items()]
+    models += [
+        (name, kind, model)
+        for name, own in metrics.baselines.items()
+        for kind, model in own.items()
+    ]
+    figures = ("val_accuracy", "test_accuracy", "num_parameters", "macs", "file_bytes")
+    return [
+        {"model": name, "kind": kind} | {figure: getattr(model, figure) for figure in figures}
+        for name, kind, model in models
+    ]
 
 
 class LatencyFigures(_Record):

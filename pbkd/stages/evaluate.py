@@ -35,7 +35,7 @@ from pbkd.report import (
     TraineeFigures,
     render,
 )
-from pbkd.report.results import BASELINES
+from pbkd.report.results import BASELINES, MODELS, model_rows
 from pbkd.shrink import FILE, ShrinkRecord, read_record, structures
 from pbkd.shrink.figures import num_nonzero
 from pbkd.stages.context import StageContext, stage_records, student_folders
@@ -49,7 +49,7 @@ from pbkd.students.finetune import Finetuned
 
 
 def run(context: StageContext) -> None:
-    """Write ``results/``: ``metrics.json``, ``measured.json`` and ``report.html``."""
+    """Write ``results/``: ``metrics.json``, ``measured.json``, ``models.json``, ``report.html``."""
     workspace = context.workspace
     folders = model_folders(workspace)
     models = {name: load_model(folder, allow_code=True) for name, folder in folders.items()}
@@ -61,6 +61,7 @@ def run(context: StageContext) -> None:
     results = workspace.results
     write_json(results / METRICS, metrics)
     write_json(results / MEASURED, measured)
+    write_json(results / MODELS, model_rows(metrics))
     with atomic_path(results / REPORT) as temporary:
         temporary.write_text(_report(context, metrics, measured, finished))
 

@@ -20,6 +20,7 @@ from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
 from pbkd.errors import MissingExtraError, TrackingError
+from pbkd.redaction import redacted, without_secrets
 from pbkd.tracking.lineage import commit_of
 from pbkd.tracking.system_metrics import watch_machine
 
@@ -66,14 +67,9 @@ def mlflow_client(workspace: Workspace) -> Any:
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     except (mlflow.exceptions.MlflowException, ImportError) as error:
-        raise TrackingError(f"MLflow at {_shown(uri)} does not answer: {error}") from None
+        said = redacted(str(error), uri)
+        raise TrackingError(f"MLflow at {without_secrets(uri)} does not answer: {said}") from None
     return client
-
-
-def _shown(uri: str) -> str:
-    """Without the name and password that it may hold."""
-    scheme, found, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if found else uri
 
 
 class PipelineRun:
@@ -93,8 +89,9 @@ class PipelineRun:
         client = mlflow_client(workspace)
         path = workspace.state / "pipeline_run.json"
         driver, uri = _driver(), tracking_uri(workspace)
+        store = digest_of(uri)  # which may hold a password
         known = read_json(path) if path.is_file() else None
-        if known and known["uri"] == uri:
+        if known and known.get("store") == store:
             if known["driver"] == driver and _is_open(client, known["run_id"]):
                 return cls(client, known["run_id"], known["experiment_id"])
             _end_abandoned(client, known["run_id"])
@@ -103,7 +100,7 @@ class PipelineRun:
         run = client.create_run(experiment_id, run_name=name, tags=_source_tags(workspace))
         self = cls(client, run.info.run_id, experiment_id)
         self._log_params(self.run_id, _flat(params.model_dump(mode="json", by_alias=True)))
-        known = {"uri": uri, "driver": driver, "run_id": self.run_id}
+        known = {"store": store, "driver": driver, "run_id": self.run_id}
         write_json(path, known | {"experiment_id": experiment_id})
         watch_machine(self.run_id, uri)
         return self

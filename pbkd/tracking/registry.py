@@ -20,6 +20,7 @@ from pbkd.artifacts import Workspace, file_digest
 from pbkd.measure import headline
 from pbkd.models import Classifier, ModelCard
 from pbkd.models.checkpoint import WEIGHTS
+from pbkd.redaction import without_secrets
 from pbkd.tracking.aliases import move_aliases
 from pbkd.tracking.card import model_card
 from pbkd.tracking.lineage import commit_of, lock_file, md5_of
@@ -268,4 +269,4 @@ def _public(uri: str, workspace: Workspace) -> str:
     parts = urlsplit(uri)
     if not parts.netloc:  # a file or folder of this machine
         return f"{parts.scheme or 'file'}:{Path(parts.path).name}"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return without_secrets(uri)

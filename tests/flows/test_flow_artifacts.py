@@ -276,7 +276,8 @@ def test_a_server_is_linked_without_its_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracking.example:5000/base/")
     assert mlflow_line(workspace, run) == (
-        "MLflow: [run abc](https://tracking.example:5000/base/#/experiments/7/runs/abc)"
+        "MLflow: [run abc](https://tracking.example:5000/base/"
+        "#/experiments/7/runs/abc?workflowType=machine_learning)"
     )
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.up import Service, answers, running, services_of, watch
+from flows.server import answers
+from flows.up import Service, running, services_of, watch
 from pbkd.artifacts import Workspace
 from pbkd.errors import ConfigError, PbkdError, WorkspaceBusyError
 from pbkd.locks import workspace_lock

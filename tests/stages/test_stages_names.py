@@ -77,7 +77,10 @@ def test_the_command_is_the_verb_and_the_outputs_lie_where_the_stage_writes(name
     paths = {next(iter(out)) if isinstance(out, dict) else out for out in outs}
     expected = {
         "prepare": {"data/prepared"},
-        "evaluate": {"results/metrics.json", "results/measured.json", "results/report.html"},
+        "evaluate": {
+            f"results/{name}"
+            for name in ("metrics.json", "measured.json", "models.json", "report.html")
+        },
         "register": {"results/registered.json"},
     }
     assert paths == expected.get(name, {f"artifacts/{name}"})

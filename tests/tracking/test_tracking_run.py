@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pbkd.artifacts import Workspace, read_json, write_json
+from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
 from pbkd.errors import TrackingError
 from pbkd.tracking import PipelineRun
@@ -106,7 +106,7 @@ def test_a_store_that_was_deleted_gets_a_new_run(workspace, new_store):
     shutil.copy(new_store, other.state / "mlflow.db")
     known = read_json(workspace.state / "pipeline_run.json")
     uri = f"sqlite:///{other.state / 'mlflow.db'}"
-    write_json(other.state / "pipeline_run.json", known | {"uri": uri})
+    write_json(other.state / "pipeline_run.json", known | {"store": digest_of(uri)})
     assert begin(other).run_id != run.run_id
 
 
