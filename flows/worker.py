@@ -85,6 +85,11 @@ def import_libraries() -> None:
         for name in STAGES:
             importlib.import_module(f"pbkd.stages.{name}")
         torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    # Its own lock is a semaphore of the system, which is told as leaked when the pool kills us.
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
 
 
 class _LogSender(logging.Handler):

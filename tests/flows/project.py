@@ -21,7 +21,7 @@ class Project:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]],
+            [_program(command[0]), *command[1:]],
             cwd=self.root,
             env=self.environment,
             text=True,
@@ -47,6 +47,12 @@ class Project:
 
     def is_clean(self) -> bool:
         return "up to date" in self.run("dvc", "status")
+
+
+def _program(name: str) -> str:
+    """Of this environment where it has it, else the system's."""
+    own = BIN / name
+    return str(own) if own.exists() else name
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
