@@ -101,5 +101,5 @@ def test_any_section(tmp_path: Path, name: str, value: Any) -> None:
 def test_yaml_that_is_no_plain_data(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="params.yaml"):
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
         load_params(path)
