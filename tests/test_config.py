@@ -93,6 +93,10 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ("distill: {lr: .nan}", "distill.lr: got nan"),
         ("distill: {loss: l1}", "distill.loss: got 'l1'; Input should be 'relative_l2' or 'mse'"),
         ("teacher: {min_accuracy: 97}", "teacher.min_accuracy: got 97"),
+        (
+            "stitch: {students: {a.b: {max_macs: 0.5}, a_b: {max_macs: 0.4}}}",
+            "students `a.b` and `a_b` would share an alias in the registry",
+        ),
         ("teacher: {augment: {flip: maybe}}", "teacher.augment.flip: got 'maybe'"),
         ("blocks: {candidates: []}", "blocks.candidates: got []"),
         ("blocks: {candidates: [{depth: 3}]}", "blocks.candidates.0.depth: got 3"),

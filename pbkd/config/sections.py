@@ -260,6 +260,14 @@ class StitchConfig(Section):
             raise ValueError("name a student in `students`, or set `sweep`")
         if "teacher" in self.students:
             raise ValueError("`teacher` is no name for a student")
+        aliases: dict[str, str] = {}
+        for name in self.students:
+            other = aliases.setdefault(name.replace(".", "_"), name)
+            if other != name:
+                raise ValueError(
+                    f"students `{other}` and `{name}` would share an alias in the registry, which "
+                    "has no dots; rename one"
+                )
         swept = [name for name in self.students if re.fullmatch(r"sweep-\d+", name)]
         if self.sweep is not None and swept:
             raise ValueError(f"`{swept[0]}` is the name of a student of `sweep`; take another")
