@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact
@@ -26,6 +25,7 @@ from prefect.context import FlowRunContext
 from flows.status import WORDS, CandidateStatus, Phase, seconds_text
 from pbkd.artifacts import Workspace
 from pbkd.plan import Plan
+from pbkd.redaction import without_secrets
 from pbkd.report import (
     REPORT,
     Table,
@@ -313,12 +313,10 @@ def markdown_table(table: Table) -> str:
 
 def mlflow_line(workspace: Workspace, run: PipelineRun) -> str:
     """Where the run is in MLflow: a link, or the command that shows a local store."""
-    uri = tracking_uri(workspace)
+    uri = without_secrets(tracking_uri(workspace))
     page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
     if uri.startswith(("http://", "https://")):
-        parts = urlsplit(uri)  # a name and password are not for a page
-        base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-        return f"MLflow: [run {run.run_id}]({base}/{page})"
+        return f"MLflow: [run {run.run_id}]({uri.rstrip('/')}/{page})"
     return (
         f"MLflow: run `{run.run_id}`; start `mlflow server --backend-store-uri {uri}`, then open "
         f"`http://127.0.0.1:5000/{page}`"

@@ -53,7 +53,7 @@ class TemporaryServer:
             return
         deadline = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):  # noqa: S310  our own URL
                 return
             time.sleep(_POLL_S)
         raise PbkdError(
@@ -84,7 +84,7 @@ def temporary_server() -> TemporaryServer:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603  no shell, our own words
         [sys.executable, "-c", _LAUNCH, "--factory", _APP, *options, "--lifespan", "on"],
         env=os.environ | _ENVIRONMENT,
     )

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from flows.slots import Slot
 from pbkd.allocator import keep_freed_memory
 from pbkd.errors import ConfigError, JobError, JobFailedError, PbkdError
+from pbkd.redaction import without_secrets
 
 RESULT, LOG = b"R", b"L"  # first byte of what a worker sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
@@ -102,7 +103,7 @@ class _LogSender(logging.Handler):
 
 def log_line(line: bytes) -> None:
     """Log in this process what a worker logged."""
-    name, level, message = pickle.loads(line)
+    name, level, message = pickle.loads(line)  # noqa: S301  of our own processes
     logging.getLogger(name).log(level, "%s", message)
 
 
@@ -132,11 +133,11 @@ def pack_call(job: str, function: Callable[..., object], args: tuple[object, ...
 def call(payload: bytes, threads: int) -> bytes:
     """Run what ``pack_call`` has packed; a message with its result or its failure."""
     try:
-        folder, path, packed = pickle.loads(payload)
+        folder, path, packed = pickle.loads(payload)  # noqa: S301  of our own processes
         _go_to(folder)
         # The parent's path may have grown since: a user's modules lie in the workspace.
         sys.path[:] = path
-        function, args = pickle.loads(packed)
+        function, args = pickle.loads(packed)  # noqa: S301  of our own processes
         # Again for each job: __main__ may have loaded torch early, a job may have changed it.
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(threads)
@@ -162,7 +163,7 @@ def unpack_result(outcome: bytes, job: str, slot: Slot) -> Any:
         PbkdError: as the job raised it, with the worker's traceback as a note.
         JobFailedError: the job raised something else.
     """
-    result, failure = pickle.loads(outcome)
+    result, failure = pickle.loads(outcome)  # noqa: S301  of our own processes
     if failure is not None:
         raise failure.error(job, slot)
     return result
@@ -204,7 +205,7 @@ class _Failure:
 
 
 def _pack_failure(error: BaseException) -> bytes:
-    trace = "".join(traceback.format_exception(error))
+    trace = without_secrets("".join(traceback.format_exception(error)))
     if isinstance(error, PbkdError):
         with suppress(Exception):  # an error that holds what cannot pickle goes by its text
             return pickle.dumps((None, _Failure(type(error), error.args, vars(error), trace)))

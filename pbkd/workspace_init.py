@@ -164,7 +164,7 @@ def _succeeds(command: list[str], folder: Path) -> bool:
 def _run(command: list[str], folder: Path) -> None:
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     try:
-        subprocess.run(
+        subprocess.run(  # noqa: S603  no shell
             command, cwd=folder, env=environment, check=True, capture_output=True, text=True
         )
     except FileNotFoundError:

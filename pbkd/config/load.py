@@ -23,7 +23,7 @@ def load_params(path: Path) -> Params:
         ConfigError: names the file, the key, what was got and what is expected.
     """
     try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
+        content = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run pbkd where params.yaml lies") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ def commit_of(workspace: Workspace) -> str:
     git = ["git", "-C", str(workspace.root)]
     try:
         commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout  # noqa: S603  no shell
             for command in (
                 ["rev-parse", "--verify", "--quiet", "HEAD"],
                 ["status", "--porcelain", "--untracked-files=no", "--", *_INPUTS],

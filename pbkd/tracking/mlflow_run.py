@@ -20,6 +20,7 @@ from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
 from pbkd.errors import MissingExtraError, TrackingError
+from pbkd.redaction import without_secrets
 from pbkd.tracking.lineage import commit_of
 from pbkd.tracking.system_metrics import watch_machine
 
@@ -32,6 +33,7 @@ _URI = "MLFLOW_TRACKING_URI"
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a URL with the password in it
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 7 by default: minutes until a wrong URI is told
 }
 
@@ -66,14 +68,8 @@ def mlflow_client(workspace: Workspace) -> Any:
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     except (mlflow.exceptions.MlflowException, ImportError) as error:
-        raise TrackingError(f"MLflow at {_shown(uri)} does not answer: {error}") from None
+        raise TrackingError(f"MLflow at {uri} does not answer: {error}") from None
     return client
-
-
-def _shown(uri: str) -> str:
-    """Without the name and password that it may hold."""
-    scheme, found, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if found else uri
 
 
 class PipelineRun:
@@ -92,7 +88,7 @@ class PipelineRun:
         """
         client = mlflow_client(workspace)
         path = workspace.state / "pipeline_run.json"
-        driver, uri = _driver(), tracking_uri(workspace)
+        driver, uri = _driver(), without_secrets(tracking_uri(workspace))
         known = read_json(path) if path.is_file() else None
         if known and known["uri"] == uri:
             if known["driver"] == driver and _is_open(client, known["run_id"]):
@@ -105,7 +101,7 @@ class PipelineRun:
         self._log_params(self.run_id, _flat(params.model_dump(mode="json", by_alias=True)))
         known = {"uri": uri, "driver": driver, "run_id": self.run_id}
         write_json(path, known | {"experiment_id": experiment_id})
-        watch_machine(self.run_id, uri)
+        watch_machine(self.run_id, tracking_uri(workspace))
         return self
 
     def log_history(self, stage: str, history: Iterable[Mapping[str, float]]) -> None:
@@ -243,7 +239,7 @@ def _is_open(client: Any, run_id: str) -> bool:
     try:
         return bool(client.get_run(run_id).info.status == "RUNNING")
     except mlflow.exceptions.MlflowException as error:
-        _log.debug("run %s cannot be read: %s", run_id, error)
+        _log.debug("run %s cannot be read: %s", run_id, without_secrets(str(error)))
         return False
 
 

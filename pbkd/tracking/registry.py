@@ -20,6 +20,7 @@ from pbkd.artifacts import Workspace, file_digest
 from pbkd.measure import headline
 from pbkd.models import Classifier, ModelCard
 from pbkd.models.checkpoint import WEIGHTS
+from pbkd.redaction import without_secrets
 from pbkd.tracking.aliases import move_aliases
 from pbkd.tracking.card import model_card
 from pbkd.tracking.lineage import commit_of, lock_file, md5_of
@@ -265,7 +266,8 @@ def _public(uri: str, workspace: Workspace) -> str:
     """
     if str(workspace.state) in uri:
         return "sqlite:///.pbkd/mlflow.db"
+    uri = without_secrets(uri)
     parts = urlsplit(uri)
     if not parts.netloc:  # a file or folder of this machine
         return f"{parts.scheme or 'file'}:{Path(parts.path).name}"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return uri
