@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
@@ -214,6 +212,8 @@ class BlockRun:
 
 def _driver() -> str:
     """The process that drives this pipeline run: the nearest ``dvc`` above, else this one."""
+    import psutil
+
     process = psutil.Process()
     if "DVC_STAGE" in os.environ:
         for parent in process.parents():
