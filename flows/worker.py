@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from flows.slots import Slot
 from pbkd.allocator import keep_freed_memory
 from pbkd.errors import ConfigError, JobError, JobFailedError, PbkdError
+from pbkd.redaction import without_secrets
 
 RESULT, LOG = b"R", b"L"  # first byte of what a worker sends
 _WATCHDOG_S = 0.5  # how often a child looks for its parent
@@ -209,7 +210,7 @@ class _Failure:
 
 
 def _pack_failure(error: BaseException) -> bytes:
-    trace = "".join(traceback.format_exception(error))
+    trace = without_secrets("".join(traceback.format_exception(error)))
     if isinstance(error, PbkdError):
         with suppress(Exception):  # an error that holds what cannot pickle goes by its text
             return pickle.dumps((None, _Failure(type(error), error.args, vars(error), trace)))

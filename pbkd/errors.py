@@ -26,9 +26,17 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pbkd.redaction import without_secrets
+
 
 class PbkdError(Exception):
-    """Base of every error that pbkd raises for a user's mistake or a failed run."""
+    """Base of every error that pbkd raises for a user's mistake or a failed run.
+
+    Its message holds no passwords, even where it quotes a server's or a library's own words.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(PbkdError):

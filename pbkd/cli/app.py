@@ -14,6 +14,7 @@ from pbkd._version import __version__
 from pbkd.allocator import keep_freed_memory
 from pbkd.cli.common import stderr_console
 from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
+from pbkd.redaction import without_secrets
 
 _EXIT_ERROR = 1
 _EXIT_USAGE = 2
@@ -42,18 +43,21 @@ def main() -> None:
             app()
     except PbkdError as error:
         if _debug:
-            traceback.print_exc()
+            _print_trace()
         else:
             stderr_console().print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(_EXIT_USAGE if isinstance(error, ConfigError) else _EXIT_ERROR)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last resort: said, with an exit code
         if _debug:
-            raise
-        name = type(error).__name__
-        print(
-            f"unexpected {name}: {error}\nrun it again with --debug to see where", file=sys.stderr
-        )
+            _print_trace()
+        else:
+            said = without_secrets(f"unexpected {type(error).__name__}: {error}")
+            print(f"{said}\nrun it again with --debug to see where", file=sys.stderr)
         sys.exit(_EXIT_BUG)
+
+
+def _print_trace() -> None:
+    print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _plain(error: PbkdError) -> str:
@@ -79,6 +83,7 @@ def _options(
     _debug = debug
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     handler = _handler(debug=debug)
+    handler.addFilter(_redacted)
     for name in ("pbkd", "flows"):
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -96,6 +101,12 @@ def _handler(*, debug: bool) -> logging.Handler:
     level = " %(levelname)s" if debug else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s{level} %(message)s", "%H:%M:%S"))
     return handler
+
+
+def _redacted(record: logging.LogRecord) -> bool:
+    """Takes passwords out of a record; Prefect's handlers, which come later, get it so, too."""
+    record.msg, record.args = without_secrets(record.getMessage()), None
+    return True
 
 
 class _Lines(logging.Handler):

@@ -34,6 +34,15 @@ _FORMATS = tuple(set(EXTENSIONS.values()))
 MAX_MEMBER_BYTES = 512 * 2**20
 MAX_RATIO = 1000
 _RATIO_COUNTS_FROM = 2**30  # a small archive may well be mostly zeros
+_MAX_HEADER_BYTES = 2**20  # of a tar's long names and attributes, which tarfile reads at once
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_ZIP_KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without a limit
 _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -141,7 +150,17 @@ class TarSource:
 
 
 class _Strict(tarfile.TarInfo):
-    """Headers of a tar, of which tarfile itself takes a damaged one for the archive's end."""
+    """Headers of a tar, of which tarfile itself takes a damaged one for the archive's end.
+
+    tarfile also reads a header's own data whole, whatever its size.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _HEADERS and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"header: {member.size:,} bytes of names and attributes")
+        return member
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -176,6 +195,11 @@ class ZipSource:
                     folders.append(_checked(member.filename, path))
                 elif is_image(member.filename):
                     limits.count(member.filename, member.file_size)
+                    if member.compress_type not in _ZIP_KINDS:
+                        raise DataError(
+                            f"{path} cannot be read: the compression of {member.filename} is not "
+                            "deflate, zip's usual one; make the archive anew"
+                        )
                     found[_checked(member.filename, path)] = member
         names = sorted(found)
         self._members = [found[name] for name in names]
@@ -185,7 +209,10 @@ class ZipSource:
         """Index and opener of each wanted image."""
         with _readable(self._path), zipfile.ZipFile(self._path) as archive:
             for index in np.flatnonzero(wanted).tolist():
-                yield index, partial(_decode, archive.read(self._members[index]))
+                member = self._members[index]
+                with archive.open(member) as file:  # archive.read() would unpack more than it says
+                    content = file.read(member.file_size)
+                yield index, partial(_decode, content)
 
 
 class _Limits:

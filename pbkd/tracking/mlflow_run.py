@@ -13,14 +13,13 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import psutil
+from urllib.parse import unquote, urlsplit
 
 from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
 from pbkd.config import Params
 from pbkd.errors import MissingExtraError, TrackingError
-from pbkd.redaction import redacted, without_secrets
+from pbkd.redaction import without_secrets
 from pbkd.tracking.lineage import commit_of
 from pbkd.tracking.system_metrics import watch_machine
 
@@ -33,6 +32,7 @@ _URI = "MLFLOW_TRACKING_URI"
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a URL with the password in it
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 7 by default: minutes until a wrong URI is told
 }
 
@@ -56,7 +56,7 @@ def mlflow_client(workspace: Workspace) -> Any:
         import mlflow
     except ImportError:
         raise MissingExtraError("mlflow", "pipeline", "tracking") from None
-    uri = tracking_uri(workspace)
+    uri = _with_login_apart(tracking_uri(workspace))
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     given = os.environ.get(_URI)
@@ -67,9 +67,22 @@ def mlflow_client(workspace: Workspace) -> Any:
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     except (mlflow.exceptions.MlflowException, ImportError) as error:
-        said = redacted(str(error), uri)
-        raise TrackingError(f"MLflow at {without_secrets(uri)} does not answer: {said}") from None
+        raise TrackingError(f"MLflow at {uri} does not answer: {error}") from None
     return client
+
+
+def _with_login_apart(uri: str) -> str:
+    """A server's URI without name and password, which MLflow then takes from the environment.
+
+    It shows its URI in errors and links, and Prefect records errors.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not (parts.username and parts.password):
+        return uri
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password))
+    os.environ[_URI] = without_secrets(uri)
+    return os.environ[_URI]
 
 
 class PipelineRun:
@@ -215,6 +228,8 @@ class BlockRun:
 
 def _driver() -> str:
     """The process that drives this pipeline run: the nearest ``dvc`` above, else this one."""
+    import psutil
+
     process = psutil.Process()
     if "DVC_STAGE" in os.environ:
         for parent in process.parents():
@@ -240,7 +255,7 @@ def _is_open(client: Any, run_id: str) -> bool:
     try:
         return bool(client.get_run(run_id).info.status == "RUNNING")
     except mlflow.exceptions.MlflowException as error:
-        _log.debug("run %s cannot be read: %s", run_id, error)
+        _log.debug("run %s cannot be read: %s", run_id, without_secrets(str(error)))
         return False
 
 

@@ -266,7 +266,8 @@ def _public(uri: str, workspace: Workspace) -> str:
     """
     if str(workspace.state) in uri:
         return "sqlite:///.pbkd/mlflow.db"
+    uri = without_secrets(uri)
     parts = urlsplit(uri)
     if not parts.netloc:  # a file or folder of this machine
         return f"{parts.scheme or 'file'}:{Path(parts.path).name}"
-    return without_secrets(uri)
+    return uri
