@@ -20,7 +20,7 @@ check: $(READY)
 	mypy
 	lint-imports
 
-# Into site/; open site/index.html.
+# The site, into build/site; a broken link or a docstring that cannot be read is an error.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
