@@ -42,9 +42,10 @@ def web(folder: Path, name: str = "web") -> Service:
 def test_services_answer_while_they_run_and_are_gone_afterwards(tmp_path):
     services = [web(tmp_path, "one"), web(tmp_path, "two")]
     with running(services):
-        children = psutil.Process().children(recursive=True)
-        assert len(children) == 4  # a supervisor each
-    assert not any(_lives(child) for child in children)
+        supervisors = [psutil.Process(service.process.pid) for service in services]
+        programs = [child for each in supervisors for child in each.children(recursive=True)]
+        assert len(programs) == 2
+    assert not any(_lives(process) for process in (*supervisors, *programs))
     assert "GET /" in services[0].log.read_text()
 
 
