@@ -22,7 +22,7 @@ check: $(READY)
 
 # The site, into build/site; a broken link or a docstring that cannot be read is an error.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # `make bench QUICK=--quick` takes minutes instead of an hour.
 bench: $(READY)

@@ -43,7 +43,10 @@ class Settings(BaseModel):
     max_teachers: int = Field(4, ge=1, description="elastic teachers on Ray at the same time")
     teacher_gpus: float = Field(0.0, ge=0, description="GPUs of an elastic teacher, or a share")
     teacher_deadline_s: float = Field(
-        60.0, gt=0, description="a student goes on without elastic teachers after so many seconds"
+        60.0,
+        gt=0,
+        description="without a label of elastic teachers for so many seconds, a student ends with "
+        "an error, or goes on (finetune.without_teachers)",
     )
     state_dir: Path | None = Field(
         None, description="state folder; default: .pbkd beside the DVC root"
