@@ -28,6 +28,7 @@ PARAMS = {
     "teacher": {"width": 0.25, "epochs": 3, "min_accuracy": 0.0},
     "activations": {"source": "cache"},
     "distill": {"epochs": 2, "patience": 100},
+    "stitch": {"students": {"half": {"max_parameters": 0.6}}, "max_damage": 5.0},
     "finetune": {"epochs": 1},
     "shrink": {"recipe": []},
     "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.05, "runtimes": ["pytorch"]},
