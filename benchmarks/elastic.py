@@ -1,13 +1,16 @@
 """Throughput of a student's training by where its soft labels come from, and the use of teachers.
 
-A VGG-16 teacher and a VGG-16 of a tenth of its parameters (fewer channels everywhere), 32x32
-images, one thread. ``none``: true labels alone; ``inline``: the teacher runs at every step;
+A VGG-16 teacher and a VGG-16 of a tenth of its parameters (fewer channels everywhere; still fewer
+where a step of it would cost more than a third of the teacher's pass), 32x32 images, one thread.
+``none``: true labels alone; ``inline``: the teacher runs at every step;
 ``cached``: its labels were kept (``finetune.teachers: cached``). Weights are random: no figure of
 time depends on them. Steps are those of the stage `finetune`; variants run in turns.
 
 ``elastic``: teachers on Ray, a thread each, label views that nobody has labelled while the student
-trains. One of them is compared with the slower of teacher and student, as many as keep the cores
-busy with ``inline`` on as many threads as there are cores.
+trains. One of them is compared with the slower of teacher and student; how fast these are is
+measured side by side, in two processes that know nothing of each other, because cores share memory
+and clock. As many as keep the cores busy are compared with ``inline`` on as many threads as there
+are cores.
 
 Then 16 teachers without torch, of four speeds, sleep instead of labelling for 4 students, and one
 of them is killed and another one comes every two seconds: how much of the sum of the rates of those
@@ -19,6 +22,7 @@ that are there is used.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import tempfile
 import threading
@@ -39,18 +43,11 @@ from pbkd.artifacts import Workspace, save_tensors
 from pbkd.config import AugmentConfig, FinetuneConfig
 from pbkd.data import Split, Stream
 from pbkd.data.batches import Batch
+from pbkd.elastic.actors import BoardActor, RayBoard, connect, ray_module, work_on
 from pbkd.elastic.board import Chunk
 from pbkd.elastic.chunks import LabelPlan
-from pbkd.elastic.pool import (
-    PoolSize,
-    RayBoard,
-    TeacherPool,
-    _BoardActor,
-    connect,
-    ray_module,
-    work_on,
-)
-from pbkd.elastic.soft_labels import SoftLabels, write_labels
+from pbkd.elastic.pool import PoolSize, TeacherPool
+from pbkd.elastic.soft_labels import SoftLabels, kept_of, write_labels
 from pbkd.elastic.stream import LabelStream
 from pbkd.measure import usable_cores
 from pbkd.models import Classifier, NetworkSpec, Recipe, build_network
@@ -59,7 +56,8 @@ from pbkd.stages.teacher import read_teacher
 from pbkd.students.finetune import Teacher, distilling
 
 _CLASSES, _BATCH, _CHUNK = 10, 64, 64
-_STUDENT_WIDTH = 0.1**0.5
+_STUDENT_WIDTHS = (0.1**0.5, 0.25, 0.2, 0.15)
+_TIMES_STEP = 3.0  # what a teacher's pass costs at least, in steps of its student
 _CONFIG = FinetuneConfig(batch_size=_BATCH, epochs=1000)
 _RATES = (2.0, 4.0, 8.0, 16.0)  # chunks per second of a sleeping teacher
 _NUM_SLEEPERS, _NUM_STUDENTS, _CHANGE_S = 16, 4, 2.0
@@ -77,13 +75,19 @@ class Part:
 
 def main() -> None:
     """Measure, print, write the results."""
-    options = harness.parser(__doc__).parse_args()
+    parser = harness.parser(__doc__)
+    parser.add_argument("--part", choices=["throughput", "sleepers"], help="one of the two only")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     connect()
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder))
         rounds = 2 if options.quick else 6
-        parts = [_throughput(case, rounds), _sleepers(case, 10.0 if options.quick else 30.0)]
+        parts = []
+        if options.part != "sleepers":
+            parts.append(_throughput(case, rounds))
+        if options.part != "throughput":
+            parts.append(_sleepers(case, 10.0 if options.quick else 30.0))
     ray_module().shutdown()
     whole = Part()
     for part in parts:
@@ -123,6 +127,7 @@ class Case:
         self.num_images = len(self.prepared.split("train"))
         self.folder = folder
         self._numbers = itertools.count()
+        self.student_width = _STUDENT_WIDTHS[0]
 
     def train(self, views: int | None = 1) -> Stream:
         """The training images."""
@@ -147,7 +152,7 @@ class Case:
 
     def epochs(self, loss: Loss, train: Stream) -> Callable[[], float]:
         """A function that trains a student for one more epoch and returns its seconds."""
-        student = Classifier(_network(_STUDENT_WIDTH, channels=1), (0.5,), (0.25,))
+        student = Classifier(_network(self.student_width, channels=1), (0.5,), (0.25,))
         run = Run(student, train, _few(self.prepared.split("val")), loss, Recipe.of(_CONFIG))
 
         def epoch() -> float:
@@ -168,6 +173,10 @@ def _throughput(case: Case, rounds: int) -> Part:
     began_s = time.perf_counter()
     write_labels(kept, case.teacher, train, 0, None, _CONFIG.temperature)
     labelling = num / (time.perf_counter() - began_s)
+    for width in _STUDENT_WIDTHS:  # what a step costs depends on the processor
+        case.student_width = width
+        if num / case.epochs(_from_labels, train)() >= _TIMES_STEP * labelling:
+            break
     soft = SoftLabels([kept], _CLASSES, _CONFIG.temperature, "cpu")
     inline = case.epochs(distilling(case.teacher, _CONFIG), train)
     variants = {
@@ -178,9 +187,13 @@ def _throughput(case: Case, rounds: int) -> Part:
     }
     with _elastic(case, 1, rounds) as one, _elastic(case, cores, rounds) as many:
         variants |= {"elastic, 1 teacher": one, f"elastic, {cores} teachers": many}
-        for run in variants.values():
-            run()
-        samples = harness.interleaved(variants, rounds)
+        with Labeller(case.workspace.root, _CONFIG.temperature) as labeller:
+            variants["none, beside a teacher"] = labeller.beside(variants["none"])
+            for run in variants.values():
+                run()
+            labeller.rates.clear()
+            samples = harness.interleaved(variants, rounds)
+            labelling_beside = harness.median(labeller.rates)
     rates = {name: num / harness.median(times) for name, times in samples.items()}
     rows = [
         {
@@ -191,8 +204,11 @@ def _throughput(case: Case, rounds: int) -> Part:
         }
         for name, rate in rates.items()
     ]
-    rows.append({"labels": "(labelling)", "images/s": f"{labelling:.1f}"})
-    slower = min(labelling, rates["none"])
+    rows += [
+        {"labels": "(a teacher, alone)", "images/s": f"{labelling:.1f}"},
+        {"labels": "(a teacher, beside a student)", "images/s": f"{labelling_beside:.1f}"},
+    ]
+    slower = min(labelling_beside, rates["none, beside a teacher"])
     targets = [
         _target("cached labels", rates["cached"] / rates["inline"], 3.125, "x inline"),
         _target("cached labels", rates["cached"] / rates["none"], 0.95, "x no teacher"),
@@ -200,7 +216,7 @@ def _throughput(case: Case, rounds: int) -> Part:
             "elastic, 1 teacher",
             rates["elastic, 1 teacher"] / slower if cores > 1 else None,
             0.95,
-            "x the slower of teacher and student",
+            "x the slower of teacher and student, side by side",
         ),
         _target(
             f"elastic, {cores} teachers",
@@ -210,14 +226,69 @@ def _throughput(case: Case, rounds: int) -> Part:
         ),
     ]
     settings = {
-        "student_width": _STUDENT_WIDTH,
+        "student_width": case.student_width,
         "images": num,
         "batch_size": _BATCH,
         "cores": cores,
         "teacher_over_step": rates["none"] / labelling,
         "labelling_images_per_s": labelling,
+        "labelling_beside_images_per_s": labelling_beside,
     }
     return Part(rows, samples, settings, targets)
+
+
+class Labeller:
+    """A process that labels view after view, when it is told to; a context manager.
+
+    Attributes:
+        rates: images per second, of each time.
+    """
+
+    def __init__(self, root: Path, temperature: float) -> None:
+        self.rates: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_label_on, args=(root, temperature, other))
+
+    def __enter__(self) -> Labeller:
+        self._process.start()
+        self._pipe.recv()  # it is ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def beside(self, train: Callable[[], float]) -> Callable[[], float]:
+        """Train while it labels."""
+
+        def run() -> float:
+            self._pipe.send(True)
+            took_s = train()
+            self._pipe.send(False)
+            self.rates.append(self._pipe.recv())
+            return took_s
+
+        return run
+
+
+def _label_on(root: Path, temperature: float, pipe: Any) -> None:
+    """Label chunks as elastic teachers do, between one message and the next; for ever."""
+    torch.set_num_threads(1)
+    workspace = Workspace(root, root / ".pbkd")
+    teacher, card, prepared = read_teacher(workspace)
+    train = Stream(prepared.split("train"), seed=0, augment=card.augment, views=1)
+    teacher.eval()
+    pipe.send(True)
+    while pipe.recv():
+        num, began_s = 0, time.perf_counter()
+        while not pipe.poll():
+            rows = torch.arange(num, num + _CHUNK) % len(train)
+            with torch.no_grad():
+                kept_of(teacher(train.view(0, rows)).float(), None, temperature)
+            num += _CHUNK
+        pipe.recv()
+        pipe.send(num / (time.perf_counter() - began_s))
 
 
 @contextmanager
@@ -297,7 +368,7 @@ def _sleepers(case: Case, seconds: float) -> Part:
     plan = replace(
         case.plan(_NUM_STUDENTS), num_images=_CHUNK * 100_000, folder=case.folder / "sleep"
     )
-    board = ray.remote(_BoardActor).options(num_cpus=0, max_concurrency=1).remote(plan)
+    board = ray.remote(BoardActor).options(num_cpus=0).remote(plan)
     alive: dict[str, tuple[Any, float, float]] = {}
     numbers = itertools.count()
     capacity = 0.0
@@ -358,13 +429,12 @@ def _read_on(ray: Any, board: Any, view: int, read: list[int], is_over: threadin
         ahead: list[Chunk] = [
             (view, n) for n in range(position, position + window) if n not in done
         ]
-        got, _ = ray.get(board.want.remote(f"student-{view}", ahead))
+        got, _ = ray.get(board.want.remote(f"student-{view}", ahead, 0.5))
         done |= {number for _, number in got}
         read[view] += len(got)
         while position in done:
             done.remove(position)
             position += 1
-        time.sleep(0.005)
 
 
 def _target(name: str, value: float | None, target: float, unit: str) -> harness.Target:

@@ -7,22 +7,19 @@ Targets: every run right, nothing left, all processes gone 10 s after the kill.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import harness
 import numpy as np
 import psutil
+from programs import LONGEST_S, output_of, processes_of, run, seconds_until_gone, start
 from workspaces import make_workspace
 
-BIN = Path(sys.executable).parent
 PARAMS = {
     "prepare": {"image_size": 8},
     "teacher": {"width": 0.25, "epochs": 3, "min_accuracy": 0.0},
@@ -34,10 +31,9 @@ PARAMS = {
     "evaluate": {"latency_batch_sizes": [1], "latency_seconds": 0.05, "runtimes": ["pytorch"]},
     "register": {"name": "endurance"},
 }
-COMMANDS = {"flow": ("pbkd", "run"), "repro": ("dvc", "repro")}
+COMMANDS = {"flow": "pbkd run", "repro": "dvc repro"}
 VICTIMS = ("a worker", "the driver", "all at once", "SIGTERM")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps it
-LONGEST_S = 600.0
 
 
 def main() -> None:
@@ -45,16 +41,20 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--runs", type=int, help="[default: 50; 4 with --quick]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, default=1e9, help="then no further run begins")
     options = parser.parse_args()
     num_runs = options.runs or (4 if options.quick else 50)
     random = np.random.default_rng(options.seed)
     before = set(SHARED_MEMORY.iterdir())
-    outcomes = []
+    outcomes: list[dict[str, object]] = []
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         references = {name: undisturbed(folder / name, name) for name in COMMANDS}
         expected = references["flow"][0]
         for number in range(num_runs):
+            if outcomes and time.perf_counter() - began > options.limit_s:
+                break
             driver = str(random.choice(list(COMMANDS)))
             victim = str(random.choice(VICTIMS))
             after_s = float(random.uniform(0.05, 1.0)) * references[driver][1]
@@ -64,41 +64,11 @@ def main() -> None:
     report(outcomes, options.seed, len(set(SHARED_MEMORY.iterdir()) - before))
 
 
-def environment_of(root: Path) -> dict[str, str]:
-    """Of all programs of a workspace; PBKD_LOCK_DIR tells whose they are."""
-    foreign = ("PREFECT_", "MLFLOW_", "PBKD_", "DVC_", "OMP_")
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
-    return kept | {
-        "PATH": f"{BIN}{os.pathsep}{kept.get('PATH', '')}",
-        "PREFECT_HOME": str(root / "prefect-home"),
-        "PBKD_WORKERS": "2",
-        "PBKD_DEVICE": "cpu",
-        "PBKD_LOCK_DIR": str(root / "locks"),
-    }
-
-
-def start(root: Path, driver: str) -> subprocess.Popen[bytes]:
-    """Start a driver in a workspace, in a session of its own."""
-    program, *arguments = COMMANDS[driver]
-    log = (root / "log.txt").open("ab")
-    return subprocess.Popen(
-        [str(BIN / program), *arguments],
-        cwd=root, env=environment_of(root), stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(root: Path, driver: str) -> None:
-    """Run a driver to its end."""
-    process = start(root, driver)
-    if process.wait(LONGEST_S):
-        sys.exit(f"{driver} in {root} failed:\n{(root / 'log.txt').read_text()[-3000:]}")
-
-
 def undisturbed(root: Path, driver: str) -> tuple[bytes, float]:
     """The figures of a run that nobody disturbs, and its seconds."""
     make_workspace(root, PARAMS)
     began = time.perf_counter()
-    finish(root, driver)
+    run(root, COMMANDS[driver])
     return (root / "results" / "metrics.json").read_bytes(), time.perf_counter() - began
 
 
@@ -107,29 +77,23 @@ def disturbed(
 ) -> dict[str, object]:
     """Kill a run, run it again, and say what is wrong."""
     make_workspace(root, PARAMS)
-    process = start(root, driver)
+    process = start(root, COMMANDS[driver])
     with suppress(subprocess.TimeoutExpired):
         process.wait(after_s)
     stage = sorted(path.stem for path in (root / ".pbkd" / "stages").glob("*.json"))
     kill(process, victim)
-    survives = victim == "a worker"
-    if survives:
+    if victim == "a worker":
         process.wait(LONGEST_S)
     gone_s = seconds_until_gone(root)
-    process.wait(10)
-    if not survives or process.returncode:
-        finish(root, driver)
-    status = subprocess.run(
-        [str(BIN / "dvc"), "status"],
-        cwd=root, env=environment_of(root), capture_output=True, text=True,
-    )  # fmt: skip
+    if process.wait(10):
+        run(root, COMMANDS[driver])
     return {
         "driver": driver,
         "victim": victim,
         "after_s": round(after_s, 1),
         "stages_done": len(stage),
         "right": (root / "results" / "metrics.json").read_bytes() == expected,
-        "clean": "up to date" in status.stdout,
+        "clean": "up to date" in output_of(root, "dvc status"),
         "gone_s": round(gone_s, 1),
         "processes": len(list(processes_of(root))),
         "files": len(leftovers(root)),
@@ -151,23 +115,6 @@ def kill(process: subprocess.Popen[bytes], victim: str) -> None:
             for own in (driver, *children) if victim == "all at once" else (driver,):
                 with suppress(psutil.NoSuchProcess):
                     own.kill()
-
-
-def processes_of(root: Path) -> Iterator[psutil.Process]:
-    """Living processes of a workspace."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            own = process.environ().get("PBKD_LOCK_DIR") == str(root / "locks")
-            if own and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def seconds_until_gone(root: Path) -> float:
-    """How long the run's processes live on; at most 60."""
-    began = time.perf_counter()
-    while any(True for _ in processes_of(root)) and time.perf_counter() - began < 60:
-        time.sleep(0.2)
-    return time.perf_counter() - began
 
 
 def leftovers(root: Path) -> list[Path]:

@@ -205,7 +205,7 @@ from pathlib import Path
 from pbkd.artifacts import Workspace
 from pbkd.config import PrepareConfig
 from pbkd.data import prepare
-from pbkd.elastic.pool import ray_module
+from pbkd.elastic.actors import ray_module
 from pbkd.errors import MissingExtraError
 from pbkd.report.svg import new_figure
 from pbkd.report.template import fill

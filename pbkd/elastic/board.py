@@ -45,11 +45,17 @@ class Stats:
         teachers: name to its state.
         waiting: students that have nothing to read, to how long they have waited, in seconds.
         num_wanted: chunks that students want and nobody has taken.
+        now_s: the caller's time.
+        patience_s: see ``Board.patience_s``.
+        failure: why labels could not be written the last time, with the teacher's name.
     """
 
     teachers: dict[str, TeacherState]
     waiting: dict[str, float]
     num_wanted: int
+    now_s: float
+    patience_s: float
+    failure: str
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Board:
     """The pull rule.
 
     Args:
-        is_done: whether a chunk's labels are there.
+        is_done: whether a chunk's labels are there; asked only of what a student wants and of which
+            no teacher has said so.
         patience_s: the least ``patience_s``; chunks that take long raise it.
     """
 
@@ -72,6 +79,8 @@ class Board:
         self._patience_s = patience_s
         self._students: dict[str, _Student] = {}
         self._teachers: dict[str, TeacherState] = {}
+        self._missing: set[Chunk] = set()
+        self._failure = ""
 
     def want(self, student: str, chunks: Iterable[Chunk], now_s: float) -> list[Chunk]:
         """A student will read these next, in this order; returns those that are done.
@@ -79,7 +88,7 @@ class Board:
         It waits while the first one is not.
         """
         wanted = list(chunks)
-        done = [chunk for chunk in wanted if self._is_done(chunk)]
+        done = [chunk for chunk in wanted if self._look(chunk)]
         state = self._students.setdefault(student, _Student())
         state.heard_s = now_s
         state.wanted = [chunk for chunk in wanted if chunk not in done]
@@ -105,6 +114,7 @@ class Board:
 
     def finish(self, teacher: str, chunk: Chunk, now_s: float) -> None:
         """A teacher's labels of a chunk are written."""
+        self._missing.discard(chunk)
         state = self._teachers.get(teacher)
         if state is None or chunk not in state.chunks:  # a new board, or it was thought lost
             return
@@ -112,6 +122,14 @@ class Board:
         state.num_done += 1
         state.busy_s += now_s - state.since_s
         state.since_s = now_s
+
+    def fail(self, teacher: str, chunk: Chunk, reason: str, now_s: float) -> None:
+        """A teacher's labels of a chunk could not be written; it is open again."""
+        self._failure = f"{teacher}: {reason}"
+        state = self._teachers.get(teacher)
+        if state is not None and chunk in state.chunks:
+            state.chunks.remove(chunk)
+            state.since_s = now_s
 
     def leave(self, teacher: str) -> None:
         """A teacher is gone; what it had taken is open again."""
@@ -136,7 +154,9 @@ class Board:
         }
         taken = {chunk for state in self._teachers.values() for chunk in state.chunks}
         num_wanted = sum(chunk not in taken for chunk in self._wanted())
-        return Stats(dict(self._teachers), waiting, num_wanted)
+        return Stats(
+            dict(self._teachers), waiting, num_wanted, now_s, self.patience_s, self._failure
+        )
 
     def _open(self, now_s: float) -> Iterator[Chunk]:
         """What may be taken, the most urgent first."""
@@ -154,7 +174,15 @@ class Board:
         places: dict[Chunk, int] = {}
         for student in self._students.values():
             for place, chunk in enumerate(student.wanted):
-                places[chunk] = min(place, places.get(chunk, place))
-        return [
-            chunk for chunk in sorted(places, key=places.__getitem__) if not self._is_done(chunk)
-        ]
+                if chunk in self._missing:
+                    places[chunk] = min(place, places.get(chunk, place))
+        return sorted(places, key=places.__getitem__)
+
+    def _look(self, chunk: Chunk) -> bool:
+        """Whether a chunk is done; a file that was there may have been damaged, and deleted."""
+        if chunk in self._missing:
+            return False
+        if not self._is_done(chunk):
+            self._missing.add(chunk)
+            return False
+        return True

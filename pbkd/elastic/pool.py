@@ -1,4 +1,4 @@
-"""Teachers on Ray: actors that take chunks from a board, and the pool that starts and ends them.
+"""The pool of elastic teachers: it starts them while students wait, and ends idle ones.
 
 Ray places the actors, tells when one has died, and keeps the board's actor alive; the pool only
 decides how many teachers there should be. It runs in the driver's process, in a thread of its own.
@@ -9,31 +9,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from pbkd.artifacts import write_json
-from pbkd.elastic.board import Board, Chunk, Stats, TeacherState
+from pbkd.elastic.actors import (
+    AUTH_MODE,
+    NAMESPACE,
+    BoardActor,
+    TeacherActor,
+    connect,
+    ray_module,
+)
+from pbkd.elastic.board import Stats, TeacherState
 from pbkd.elastic.chunks import LabelPlan
 from pbkd.elastic.status import TeachersStatus, TeacherStatus
-from pbkd.errors import MissingExtraError
 
 _log = logging.getLogger(__name__)
 
-NAMESPACE = "pbkd"
-_AUTH_MODE = "RAY_AUTH_MODE"
 _TICK_S = 0.25
-_IDLE_S = 0.05  # how long a teacher waits before it asks again
 _GROW_S = 0.5  # a student that waits longer gets a teacher more
 _SHRINK_S = 10.0  # a teacher without work for so long is one too many
-_PATIENCE_S = 2.0
 _HANG_S, _HANG = 20.0, 20.0
 """A teacher is replaced that takes longer for a chunk: in seconds, and in mean durations."""
 _MAX_FAILURES = 5
@@ -47,150 +49,6 @@ class PoolSize:
     max_teachers: int = 4
     cpus: float = 1.0
     gpus: float = 0.0
-
-
-def ray_module() -> Any:
-    """Import Ray; MissingExtraError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("ray", "ray", "elastic teachers") from None
-    return ray
-
-
-def connect(address: str | None = None) -> bool:
-    """Connect this process to a cluster, or start one; returns whether it was started here.
-
-    Args:
-        address: of the cluster; None: RAY_ADDRESS, else a new one on this machine.
-    """
-    ray = ray_module()
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        ray.init(address=address, **quiet)
-    else:  # "local", or it would join whatever cluster it finds on this machine
-        ray.init(address="local", include_dashboard=False, **quiet)
-    return not address
-
-
-class _BoardActor:
-    """The board in a process of its own; what it knows comes back after a restart."""
-
-    def __init__(self, plan: LabelPlan) -> None:
-        self._board = Board(plan.is_done, _PATIENCE_S)
-        self._num_teachers = 0
-
-    def want(self, student: str, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
-        return self._board.want(student, chunks, time.monotonic()), self._num_teachers
-
-    def leave_student(self, student: str) -> None:
-        self._board.leave_student(student)
-
-    def take(self, teacher: str) -> Chunk | None:
-        return self._board.take(teacher, time.monotonic())
-
-    def finish(self, teacher: str, chunk: Chunk) -> None:
-        self._board.finish(teacher, chunk, time.monotonic())
-
-    def leave(self, teacher: str) -> None:
-        self._board.leave(teacher)
-
-    def look(self, num_teachers: int) -> tuple[Stats, float, float]:
-        """Stats, the present time and patience; the pool says how many teachers live."""
-        self._num_teachers = num_teachers
-        now_s = time.monotonic()
-        return self._board.stats(now_s), now_s, self._board.patience_s
-
-
-class _TeacherActor:
-    """Labels chunks until it is told to end."""
-
-    def __init__(self, plan: LabelPlan, threads: int, path: list[str]) -> None:
-        sys.path[:] = path  # a network of the user's own lies in the workspace
-        os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        import torch
-
-        from pbkd.data import Stream, load_prepared
-        from pbkd.devices import best_device
-        from pbkd.models import load_teacher
-
-        torch.set_num_threads(threads)
-        teacher, card = load_teacher(plan.teacher, allow_code=True)
-        self._device = best_device()
-        self._teacher = teacher.to(self._device).eval()
-        split = load_prepared(plan.prepared).split("train")
-        self._train = Stream(split, seed=plan.seed, augment=card.augment, device=self._device)
-        self._plan = plan
-        self._view, self._order = -1, torch.empty(0)
-
-    def where(self) -> tuple[str, int, str]:
-        """Host, process and device."""
-        return socket.gethostname(), os.getpid(), str(self._device)
-
-    def serve(self, name: str, board: Any) -> None:
-        from pbkd.elastic.chunks import label_chunk
-
-        def label(chunk: Chunk) -> None:
-            if chunk[0] != self._view:
-                self._view, self._order = chunk[0], self._train.order(chunk[0])
-            label_chunk(self._plan, self._teacher, self._train, self._order, chunk)
-
-        work_on(name, board, label)
-
-
-def work_on(name: str, board: Any, label: Callable[[Chunk], None]) -> None:
-    """Take chunks and label them, for ever; the next one is asked for while one is in work."""
-    ray = ray_module()
-    chunk = None
-    while True:
-        if chunk is None:
-            chunk = ray.get(board.take.remote(name))
-        if chunk is None:
-            time.sleep(_IDLE_S)
-            continue
-        ahead = board.take.remote(name)
-        label(chunk)
-        board.finish.remote(name, chunk)
-        chunk = ray.get(ahead)
-
-
-class RayBoard:
-    """A student's way to the board: it waits while the board's actor comes back.
-
-    Args:
-        name, address, auth_mode: of ``TeacherPool``.
-    """
-
-    def __init__(self, name: str, address: str, auth_mode: str = "") -> None:
-        if auth_mode:  # Ray sets it in the process that starts a cluster, and in no other
-            os.environ[_AUTH_MODE] = auth_mode
-        self._ray = ray_module()
-        self._joined = not self._ray.is_initialized()
-        connect(address)
-        self._actor = self._ray.get_actor(name, namespace=NAMESPACE)
-
-    def want(self, student: str, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
-        """See ``LabelBoard``; nothing is done while the board is away."""
-        try:
-            done, num_teachers = self._ray.get(self._actor.want.remote(student, list(chunks)))
-        except self._ray.exceptions.RayError as error:
-            _log.debug("the board does not answer: %s", error)
-            return [], 0
-        return done, num_teachers
-
-    def leave_student(self, student: str) -> None:
-        """See ``LabelBoard``."""
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.get(self._actor.leave_student.remote(student))
-
-    def close(self) -> None:
-        """Leave the cluster if it was joined for this: it would take this process down with it."""
-        if self._joined:
-            self._ray.shutdown()
 
 
 @dataclass
@@ -233,11 +91,11 @@ class TeacherPool:
         self._started_ray = connect()
         self._ray = ray_module()
         self.address: str = self._ray.get_runtime_context().gcs_address
-        self.auth_mode = os.environ.get(_AUTH_MODE, "")
+        self.auth_mode = os.environ.get(AUTH_MODE, "")
         self.board = f"board-{os.getpid()}-{time.monotonic_ns()}"
         # restarts: its state is what students say, and files
         self._actor = (
-            self._ray.remote(_BoardActor)
+            self._ray.remote(BoardActor)
             .options(
                 name=self.board,
                 namespace=NAMESPACE,
@@ -296,12 +154,13 @@ class TeacherPool:
     def _tick(self) -> None:
         self._bury()
         num_living = sum(teacher.place is not None for teacher in self._teachers.values())
-        stats, now_s, patience_s = self._ray.get(self._actor.look.remote(num_living), timeout=10)
-        self._end_hanging(stats, now_s, patience_s)
-        self._fit(stats, now_s)
+        stats = self._ray.get(self._actor.look.remote(num_living), timeout=10)
+        self._tell(stats.failure)
+        self._end_hanging(stats)
+        self._fit(stats)
         if time.monotonic() - self._written_s >= 1:
             self._written_s = time.monotonic()
-            report = self._report(stats, now_s)
+            report = self._report(stats)
             write_json(self.status, report)
             self.on_status(report)
 
@@ -326,15 +185,20 @@ class TeacherPool:
         self._failures = self._failures + 1 if teacher.place is None else 0
         self._dismiss(name)
 
-    def _end_hanging(self, stats: Stats, now_s: float, patience_s: float) -> None:
-        limit_s = max(_HANG_S, _HANG / 3 * patience_s)
+    def _tell(self, failure: str) -> None:
+        if failure and failure != self._last_error:
+            self._last_error = failure
+            _log.warning("labels could not be written and are tried again: %s", failure)
+
+    def _end_hanging(self, stats: Stats) -> None:
+        limit_s = max(_HANG_S, _HANG / 3 * stats.patience_s)
         for name, state in stats.teachers.items():
-            if state.chunks and now_s - state.since_s > limit_s:
+            if state.chunks and stats.now_s - state.since_s > limit_s:
                 if name in self._teachers:
                     _log.warning("teacher %s hangs for %.0f s: replaced", name, limit_s)
                 self._dismiss(name)
 
-    def _fit(self, stats: Stats, now_s: float) -> None:
+    def _fit(self, stats: Stats) -> None:
         """Start or end a teacher."""
         num, size = len(self._teachers), self.size
         if self._failures >= _MAX_FAILURES:
@@ -347,7 +211,9 @@ class TeacherPool:
         idle = [
             name
             for name, state in stats.teachers.items()
-            if name in self._teachers and not state.chunks and now_s - state.since_s > _SHRINK_S
+            if name in self._teachers
+            and not state.chunks
+            and stats.now_s - state.since_s > _SHRINK_S
         ]
         if idle and num > size.min_teachers:
             _log.info("teacher %s has nothing to do and ends", idle[-1])
@@ -357,7 +223,7 @@ class TeacherPool:
         self._count += 1
         name = f"teacher-{self._count}"
         actor = (
-            self._ray.remote(_TeacherActor)
+            self._ray.remote(TeacherActor)
             .options(
                 num_cpus=self.size.cpus,
                 num_gpus=self.size.gpus,
@@ -380,11 +246,11 @@ class TeacherPool:
         ready, _ = self._ray.wait([reference], timeout=0)
         return bool(ready)
 
-    def _report(self, stats: Stats, now_s: float) -> TeachersStatus:
+    def _report(self, stats: Stats) -> TeachersStatus:
         return TeachersStatus(
             time=time.time(),
             teachers={
-                name: self._status(teacher, stats.teachers.get(name), now_s)
+                name: self._status(teacher, stats.teachers.get(name), stats.now_s)
                 for name, teacher in self._teachers.items()
             },
             waiting=stats.waiting,

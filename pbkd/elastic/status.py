@@ -44,7 +44,7 @@ class TeachersStatus(BaseModel):
         time: of writing, seconds since 1970.
         waiting: student to the seconds for which it has had nothing to read.
         num_wanted: chunks that students want and no teacher has taken.
-        last_error: of the last teacher that was lost.
+        last_error: why a teacher was lost, or labels could not be written, the last time.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -19,7 +19,6 @@ from pbkd.errors import ArtifactError, TrainingError
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.02
 _MIN_WINDOW, _MAX_WINDOW = 8, 64
 """Chunks that a student asks for ahead; two per teacher between these."""
 
@@ -27,8 +26,12 @@ _MIN_WINDOW, _MAX_WINDOW = 8, 64
 class LabelBoard(Protocol):
     """What a student needs of the board, wherever it is."""
 
-    def want(self, student: str, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
-        """Of the chunks to read next those that are done, and the number of teachers."""
+    def want(self, student: str, chunks: Sequence[Chunk], *, wait: bool) -> tuple[list[Chunk], int]:
+        """Of the chunks to read next those that are done, and the number of teachers.
+
+        Args:
+            wait: for the first one, for a moment.
+        """
         ...
 
     def leave_student(self, student: str) -> None:
@@ -73,7 +76,10 @@ class LabelStream:
             train.device,
         )
         self._view: int | None = None
-        self._is_kept: bool = False
+        self._is_kept = False
+        self._can_keep = True
+        self._place = torch.empty(0, dtype=torch.long)  # of an image in the order of its view
+        self._asked = -1  # the last chunk at which the next ones were asked for
         self._window = _MIN_WINDOW
         self._last_label_s = time.monotonic()
         self._is_alone = False
@@ -108,13 +114,14 @@ class LabelStream:
             if time.monotonic() - self._last_label_s > self.deadline_s:
                 self._lack(batch)
                 return None
-            time.sleep(_POLL_S)
-        self._ask([])
+        if needed[-1] > self._asked:
+            self._asked = needed[-1]
+            self._ask([])
         if self._reads_store():  # another student has kept the view meanwhile
             return self._soft(batch)
         kept = {name: values[batch.rows] for name, values in self._table.items()}
         if len(self._known) == self.plan.num_chunks:
-            self._is_kept = keep_view(self.plan, batch.view)
+            self._is_kept = self._keep(batch.view)
         on_device = {name: values.to(self.train.device) for name, values in kept.items()}
         return logits_of(on_device, self.num_classes, self.plan.temperature)
 
@@ -124,6 +131,7 @@ class LabelStream:
 
     def close(self) -> None:
         """Tell the board that nothing is read any more, and leave it."""
+        self._end()
         self.rest()
         self.board.close()
 
@@ -132,8 +140,11 @@ class LabelStream:
         return self._is_kept
 
     def _begin(self, view: int) -> None:
+        self._end()
         self._view = view
-        self._is_kept = keep_view(self.plan, view)
+        self._can_keep = True
+        self._is_kept = self._keep(view)
+        self._asked = -1
         self._known: set[int] = set()
         self._table: dict[str, Tensor] = {}
         order = self.train.order(view)  # that of the first epoch that shows the view
@@ -141,6 +152,22 @@ class LabelStream:
         self._place[order] = torch.arange(len(order))
         if not self._is_alone:
             self._last_label_s = time.monotonic()
+
+    def _end(self) -> None:
+        """Leave a view; its last chunk may have come after its last whole batch."""
+        if self._view is not None and not self._is_kept:
+            self._keep(self._view)
+
+    def _keep(self, view: int) -> bool:
+        """Put a whole view into the store; one that has no room there is read as it came."""
+        if not self._can_keep:
+            return False
+        try:
+            return keep_view(self.plan, view)
+        except OSError as error:
+            self._can_keep = False
+            _log.warning("the labels of view %d are not kept: %s", view, error)
+            return False
 
     def _ask(self, missing: list[int]) -> bool:
         """Say what is needed now and next, and read what is there; returns whether any was."""
@@ -153,7 +180,8 @@ class LabelStream:
         ]
         if not wanted:
             return False
-        done, num_teachers = self.board.want(self.student, wanted)
+        wait = bool(missing) and not self._is_alone
+        done, num_teachers = self.board.want(self.student, wanted, wait=wait)
         self._window = min(max(_MIN_WINDOW, 2 * num_teachers), _MAX_WINDOW)
         read = [chunk for chunk in done if self._read(chunk)]
         if read:
@@ -164,7 +192,7 @@ class LabelStream:
         try:
             rows, tensors = read_chunk(self.plan, chunk)
         except ArtifactError as error:
-            if keep_view(self.plan, chunk[0]):  # another student has kept the view meanwhile
+            if self._keep(chunk[0]):  # another student has kept the view meanwhile
                 self._is_kept = True
                 self._known = set(range(self.plan.num_chunks))
                 self._table = {}

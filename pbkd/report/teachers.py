@@ -22,7 +22,7 @@ def teacher_lines(status: TeachersStatus) -> list[str]:
         f"Students without labels: {', '.join(waiting)}." if waiting else "No student waits.",
     ]
     if status.last_error:
-        lines.append(f"The last teacher that was lost: {status.last_error}")
+        lines.append(f"Last trouble: {status.last_error}")
     return lines
 
 

@@ -16,7 +16,7 @@ from pbkd.artifacts import Store, Workspace, atomic_dir, digest_of, link_tree, w
 from pbkd.config import FinetuneConfig
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
-from pbkd.elastic.pool import RayBoard
+from pbkd.elastic.actors import RayBoard
 from pbkd.elastic.soft_labels import LABELS, SoftLabels
 from pbkd.elastic.stream import LabelStream
 from pbkd.errors import disk_errors_explained

@@ -22,6 +22,7 @@ from pbkd.stages.context import StageContext
 from pbkd.stages.evaluate import model_folders
 from pbkd.stages.run_page import picture_files, summary
 from pbkd.students import load_model
+from pbkd.students.finetune import Finetuned
 from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
 from pbkd.tracking.lineage import lock_file
 from pbkd.tracking.registry import Candidate
@@ -34,7 +35,7 @@ def run(context: StageContext) -> None:
     metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
     pipeline_run = PipelineRun.current(workspace, context.params)
     log_histories(pipeline_run, workspace)
-    pipeline_run.log_metrics(_figures(metrics, measured))
+    pipeline_run.log_metrics(_figures(metrics, measured) | _lacking(workspace))
     for name in (METRICS, MEASURED, REPORT):
         pipeline_run.log_file(workspace.results / name)
     if (lock := lock_file(workspace)) is not None:
@@ -88,6 +89,16 @@ def log_histories(pipeline_run: PipelineRun, workspace: Workspace) -> None:
         series[f"{kind}/{student}"] = path
     for name, path in series.items():
         pipeline_run.log_history(name, _lines(path))
+
+
+def _lacking(workspace: Workspace) -> dict[str, float | None]:
+    """Per student that was without its teachers for a time: the images it saw without a label."""
+    figures: dict[str, float | None] = {}
+    for path in sorted(workspace.artifacts("finetune").glob("*/finetune.json")):
+        num_lacking = Finetuned.model_validate(read_json(path)).num_lacking
+        if num_lacking:
+            figures[f"finetune/{path.parent.name}/images_without_soft_label"] = num_lacking
+    return figures
 
 
 def _lines(path: Path) -> list[dict[str, float]]:

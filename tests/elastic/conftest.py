@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pbkd.elastic.pool import NAMESPACE, ray_module
+from pbkd.elastic.actors import NAMESPACE, ray_module
 
 
 @pytest.fixture(scope="module")  # its processes must not be in other tests' way

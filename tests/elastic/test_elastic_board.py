@@ -73,6 +73,18 @@ def test_a_teacher_may_take_one_ahead_and_all_it_had_is_open_when_it_is_gone() -
     assert desk.board.take("b", 5.0) == (0, 1)
 
 
+def test_labels_that_could_not_be_written_are_open_again() -> None:
+    desk = Desk(patience_s=10.0)
+    desk.board.want("s", chunks(0), 0.0)
+    assert desk.board.take("a", 0.0) == (0, 0)
+    assert desk.board.stats(1.0).failure == ""
+    desk.board.fail("a", (0, 0), "the disk is full", 2.0)
+    stats = desk.board.stats(2.0)
+    assert (stats.failure, stats.num_wanted) == ("a: the disk is full", 1)
+    assert (stats.teachers["a"].chunks, stats.teachers["a"].num_done) == ([], 0)
+    assert desk.board.take("b", 3.0) == (0, 0)
+
+
 def test_a_late_chunk_is_done_again_by_one_idle_teacher_at_a_time() -> None:
     desk = Desk(patience_s=10.0)
     desk.board.want("s", chunks(0), 0.0)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pbkd.artifacts import Workspace, read_json
+from pbkd.elastic import actors
 from pbkd.elastic import pool as pools
+from pbkd.elastic.actors import RayBoard, ray_module
 from pbkd.elastic.chunks import LabelPlan, keep_view
-from pbkd.elastic.pool import PoolSize, RayBoard, TeacherPool
+from pbkd.elastic.pool import PoolSize, TeacherPool
 from pbkd.elastic.soft_labels import LABELS, SoftLabels
 from pbkd.elastic.status import read_status
 from pbkd.elastic.stream import LabelStream
@@ -105,7 +107,7 @@ def test_students_read_what_teachers_label_and_views_are_kept(
     assert read(labels, teacher, 1) == whole
     assert read(labels, teacher, 2) == whole  # view 0 again
     assert read(labels, teacher, 3) == whole
-    stats, _, _ = pools.ray_module().get(pool._actor.look.remote(1))
+    stats = ray_module().get(pool._actor.look.remote(1))
     assert sum(state.num_done for state in stats.teachers.values()) == 2 * plan.num_chunks
     until(lambda: (status := read_status(pool.status)) and status.teachers["teacher-1"].rate)
 
@@ -147,7 +149,7 @@ def test_the_board_comes_back(
 ) -> None:
     labels = stream_of(context, plan, pool)
     assert labels(next(labels.train.epoch(0, 50))) is not None
-    pools.ray_module().kill(pool._actor, no_restart=False)
+    ray_module().kill(pool._actor, no_restart=False)
     assert read(labels, teacher, 0) == plan.num_images // 50 * 50
 
 
@@ -195,11 +197,16 @@ def test_a_pool_grows_while_students_wait_and_shrinks_when_nothing_is_to_do(
     monkeypatch.setattr(pools, "_SHRINK_S", 1.0)
     labels = stream_of(context, plan, pool)
     assert len(pool.places()) == 1
-    board, ray = labels.board, pools.ray_module()
+    board, ray = labels.board, ray_module()
     until(lambda: pids(pool))
     for pid in pids(pool):  # a teacher too slow for its student
         os.kill(pid, signal.SIGSTOP)
-    until(lambda: (board.want("s", [(0, 0), (0, 1)]) and False) or len(pool.places()) == 2)
+
+    def has_grown() -> bool:
+        board.want("s", [(0, 0), (0, 1)], wait=False)
+        return len(pool.places()) == 2
+
+    until(has_grown)
     for pid in pids(pool):
         os.kill(pid, signal.SIGCONT)
     assert read(labels, teacher, 0) > 0
@@ -230,6 +237,6 @@ def test_where_all_labels_are_kept_no_cluster_is_started(
     finished.params.write_text(text.replace("teachers: elastic", "teachers: cached"))
     finetune.run(StageContext.load(finished))
     finished.params.write_text(text)
-    monkeypatch.setattr(pools, "ray_module", lambda: 1 / 0)
+    monkeypatch.setattr(actors, "ray_module", lambda: 1 / 0)
     finetune.run(context)
     assert Settings.from_env({}).max_teachers == 4

@@ -45,7 +45,7 @@ def test_lines_say_who_waits_and_what_went_wrong() -> None:
     ]
     lines = teacher_lines(status(waiting={"abcdefghijk": 2.5}, last_error="killed"))
     assert lines[1] == "Students without labels: abcdefgh for 2.5 s."
-    assert lines[2] == "The last teacher that was lost: killed"
+    assert lines[2] == "Last trouble: killed"
 
 
 def test_a_file_that_nobody_writes_any_more_is_no_pool(tmp_path: Path) -> None:

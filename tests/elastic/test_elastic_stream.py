@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 
 from pbkd.artifacts import Store, Workspace, load_tensors
 from pbkd.data import Stream
-from pbkd.elastic import chunks
+from pbkd.elastic import chunks, stream
 from pbkd.elastic.board import Board, Chunk
 from pbkd.elastic.chunks import LabelPlan, keep_view, label_chunk
 from pbkd.elastic.soft_labels import LABELS
@@ -35,7 +36,9 @@ class Desk:
         self.asked: list[int] = []
         self.labelled: list[Chunk] = []
 
-    def want(self, student: str, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
+    def want(
+        self, student: str, chunks: Sequence[Chunk], *, wait: bool = False
+    ) -> tuple[list[Chunk], int]:
         self.asked.append(len(chunks))
         self.board.want(student, chunks, 0.0)
         if self.is_open and (chunk := self.board.take("t", 0.0)) is not None:
@@ -176,6 +179,23 @@ def test_a_damaged_chunk_is_labelled_again(case: Case) -> None:
     path.write_bytes(b"half a file")
     case.read(labels, 0)
     assert (0, 0) in case.desk.labelled
+
+
+def test_a_view_that_has_no_room_in_the_store_is_read_as_it_came(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def full(_: LabelPlan, view: int) -> bool:
+        tried.append(view)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream, "keep_view", full)
+    labels = case.student()
+    for epoch in range(4):
+        case.read(labels, epoch)
+    assert tried == [0, 1, 0, 1], "once each time that a view is begun"
+    assert len(case.desk.labelled) == 2 * case.plan.num_chunks
 
 
 def test_an_error_after_the_deadline_where_labels_are_needed(case: Case) -> None:
