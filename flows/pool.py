@@ -51,18 +51,31 @@ class WorkerPool(Protocol):
         """Run one job and wait for its result; called from many threads at once."""
         ...
 
+    def leave_room(self, cpus: int) -> int:
+        """Let idle workers go where others want CPUs; returns the jobs that may run beside these.
+
+        Raises:
+            ConfigError: none can.
+        """
+        ...
+
     def close(self) -> None:
         """End all jobs and take no more."""
         ...
 
 
-def run_all(pool: WorkerPool, calls: Sequence[Callable[[WorkerPool], T]]) -> list[T]:
+def run_all(
+    pool: WorkerPool, calls: Sequence[Callable[[WorkerPool], T]], at_once: int | None = None
+) -> list[T]:
     """Let calls use a pool at the same time, each in a thread of its own; results in their order.
+
+    Args:
+        at_once: calls at the same time; None: all of them.
 
     Raises:
         PbkdError: of the first call that failed; the others go on to their end.
     """
-    with ThreadPoolExecutor(max(1, len(calls))) as threads:
+    with ThreadPoolExecutor(at_once or max(1, len(calls))) as threads:
         # each in a copy of the context: there the caller's loggers are found
         futures = [threads.submit(copy_context().run, call, pool) for call in calls]
         try:
@@ -175,6 +188,10 @@ class JobPool(ABC, Generic[W]):
 
     def _left(self) -> None:
         """Called when a closed pool has no thread in ``run`` any more, perhaps twice."""
+
+    def leave_room(self, cpus: int) -> int:
+        """See ``WorkerPool``; processes of one machine share its cores."""
+        return len(self.slots)
 
     def run(
         self,

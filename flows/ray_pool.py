@@ -180,6 +180,23 @@ class RayPool(JobPool["_Actor"]):
         """Whether it is closed and no thread is in ``run``."""
         return self._closed and not self._num_inside
 
+    def leave_room(self, cpus: int) -> int:
+        """See ``WorkerPool``; for teachers of this run, which take CPUs of the same cluster."""
+        slot, nodes = self.slots[0], self._cluster.nodes()
+        if slot.device == "cuda":  # takes no CPU of Ray's
+            return len(self.slots)
+        total = sum(node.cpus for node in nodes)
+        if total < slot.threads + cpus:
+            raise ConfigError(
+                f"finetune.teachers: elastic: a worker takes {slot.threads} CPUs and the teachers "
+                f"{cpus}, the cluster has {total} ({_described(nodes)}); set PBKD_WORKERS to a "
+                "higher number, so that each takes fewer, or add a node"
+            )
+        with self._condition:
+            for pool in self._cluster.pools:
+                pool.give_way()
+        return min(len(self.slots), (total - cpus) // slot.threads)
+
     def give_way(self) -> None:
         """Kill actors that have nothing to do; called with the lock held."""
         if not self._waiting:

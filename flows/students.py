@@ -18,7 +18,7 @@ from pbkd.shrink import SHRUNK
 from pbkd.stages import StageContext, finetune, shrink, stitch
 from pbkd.stages.baselines import BASELINES
 from pbkd.stages.context import recorded
-from pbkd.stages.labels import teachers_of
+from pbkd.stages.labels import needs_teachers, teachers_of
 from pbkd.stages.repair_job import REPAIRED
 from pbkd.stages.student_job import FINETUNED
 
@@ -40,6 +40,10 @@ class ThisProcess:
     ) -> T:
         """Call the function."""
         return function(*args)
+
+    def leave_room(self, cpus: int) -> int:
+        """One job at a time."""
+        return 1
 
     def close(self) -> None:
         """Nothing to end."""
@@ -87,8 +91,12 @@ def finetune_students(context: StageContext, whole: WorkerPool, workers: WorkerP
         jobs = whole.run(finetune.start, context)
         pools = _Pools(context, whole, workers)
         pools.run(finetune.run_labels, LABELS, finetune.start_labels(context, jobs))
-        with teachers_of(context, jobs, Settings.from_env(), _artifact()) as ready:
-            pools.run(finetune.run_finetune, FINETUNED, ready)
+        settings = Settings.from_env()
+        at_once = None
+        if settings.runner == "ray" and needs_teachers(context, jobs):
+            at_once = workers.leave_room(max(1, settings.min_teachers))
+        with teachers_of(context, jobs, settings, _artifact()) as ready:
+            pools.run(finetune.run_finetune, FINETUNED, ready, at_once)
         baselines = finetune.start_baselines(context, jobs)
         pools.run(finetune.run_baseline, BASELINES, baselines)
         finetune.finish(context, jobs, baselines)
@@ -118,14 +126,24 @@ class _Pools:
         # a second must be worth the same for a student's blocks, for itself, and for its baselines
         self._is_timed = bool(context.params.finetune.baselines)
 
-    def run(self, function: Callable[[J], None], kind: str, jobs: Sequence[J]) -> None:
-        """What the store lacks: side by side, or a single one on the whole machine."""
+    def run(
+        self,
+        function: Callable[[J], None],
+        kind: str,
+        jobs: Sequence[J],
+        at_once: int | None = None,
+    ) -> None:
+        """What the store lacks: side by side, or a single one on the whole machine.
+
+        Args:
+            at_once: jobs side by side, always, and so many at most.
+        """
         left = [job for job in jobs if not self._store.has(kind, job.key)]
-        fewest = 0 if self._is_timed else 1
+        fewest = 0 if self._is_timed or at_once else 1
         many = len(left) > fewest and len(self._workers.slots) > 1
         pool = self._workers if many else self._whole
         if pool.slots:
-            run_all(pool, [partial(_one, function, job) for job in left])
+            run_all(pool, [partial(_one, function, job) for job in left], at_once)
         else:
             for job in left:  # no threads in this process: Ctrl-C would wait for them
                 function(job)

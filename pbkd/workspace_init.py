@@ -19,6 +19,7 @@ _GIT_IGNORE = """\
 /.pbkd/
 /artifacts/
 /data/prepared/
+/exported/
 __pycache__/
 """
 _DVC_IGNORE = """\

@@ -96,22 +96,33 @@ class BoardActor:
     async def leave_student(self, student: str) -> None:
         self._board.leave_student(student)
 
-    async def take(self, teacher: str) -> Chunk | None:
-        """See ``Board``; held until there is something."""
+    async def turn(
+        self, teacher: str, labelled: Chunk | None = None, failure: str = ""
+    ) -> Chunk | None:
+        """What a teacher labels next; one with nothing in work is held until there is something.
+
+        Args:
+            labelled: what it has labelled since it asked the last time.
+            failure: why these labels could not be written.
+        """
         end_s, chunk = time.monotonic() + _HOLD_S, None
+        if labelled is not None:
+            self._end(teacher, labelled, failure)
         while teacher not in self._gone:  # its last question may outlive it
             chunk = self._board.take(teacher, time.monotonic())
-            if chunk is not None or not await self._work.heard_before(end_s):
+            if chunk is not None or self._board.is_busy(teacher):
+                break
+            if not await self._work.heard_before(end_s):
                 break
         return chunk
 
-    async def finish(self, teacher: str, chunk: Chunk) -> None:
-        self._board.finish(teacher, chunk, time.monotonic())
-        self._labels.ring()
-
-    async def fail(self, teacher: str, chunk: Chunk, reason: str) -> None:
-        self._board.fail(teacher, chunk, reason, time.monotonic())
-        self._work.ring()
+    def _end(self, teacher: str, chunk: Chunk, failure: str) -> None:
+        if failure:
+            self._board.fail(teacher, chunk, failure, time.monotonic())
+            self._work.ring()
+        else:
+            self._board.finish(teacher, chunk, time.monotonic())
+            self._labels.ring()
 
     async def leave(self, teacher: str) -> None:
         self._gone.add(teacher)
@@ -166,19 +177,17 @@ def work_on(name: str, board: Any, label: Callable[[Chunk], None]) -> None:
     Labels that cannot be written (a full disk) are tried again, by whoever is free.
     """
     ray = ray_module()
-    chunk = None
+    chunk: Chunk | None = None
+    labelled, failure = None, ""
     while True:
-        if chunk is None:
-            chunk = ray.get(board.take.remote(name))
-            continue
-        ahead = board.take.remote(name)
-        try:
-            label(chunk)
-        except OSError as error:
-            board.fail.remote(name, chunk, str(error))
-            time.sleep(_PAUSE_S)
-        else:
-            board.finish.remote(name, chunk)
+        ahead = board.turn.remote(name, labelled, failure)
+        labelled, failure = chunk, ""
+        if chunk is not None:
+            try:
+                label(chunk)
+            except OSError as error:
+                failure = str(error)
+                time.sleep(_PAUSE_S)
         chunk = ray.get(ahead)
 
 

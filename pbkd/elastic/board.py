@@ -112,6 +112,10 @@ class Board:
             state.chunks.append(chunk)
         return chunk
 
+    def is_busy(self, teacher: str) -> bool:
+        """Whether a teacher has a chunk in work."""
+        return bool(self._teachers[teacher].chunks)
+
     def finish(self, teacher: str, chunk: Chunk, now_s: float) -> None:
         """A teacher's labels of a chunk are written."""
         self._missing.discard(chunk)

@@ -138,6 +138,14 @@ class TeacherPool:
         if self._started_ray:
             self._ray.shutdown()
 
+    def wait_for_one(self, deadline_s: float) -> None:
+        """Wait until a teacher has started, or cannot, and so long at most."""
+        end_s = time.monotonic() + deadline_s
+        while time.monotonic() < end_s and self._failures < _MAX_FAILURES:
+            if any(self.places().values()):
+                return
+            time.sleep(_TICK_S)
+
     def places(self) -> dict[str, tuple[str, int, str] | None]:
         """Teacher to its host, process and device; None: it has not started yet."""
         return {name: teacher.place for name, teacher in self._teachers.items()}

@@ -119,14 +119,10 @@ def teachers_of(
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    store = context.workspace.store
-    left = [job for job in jobs if not store.has(FINETUNED, job.key)]
-    keys = max((job.labels for job in left), key=len, default=())
-    is_elastic = context.params.finetune.teachers == "elastic"
-    if not is_elastic or all(store.has(LABELS, key) for key in keys):
+    if not needs_teachers(context, jobs):
         yield list(jobs)
         return
-    plan = label_plan(max(left, key=lambda job: len(job.labels)))
+    plan = label_plan(max(_left(context, jobs), key=lambda job: len(job.labels)))
     size = PoolSize(
         min_teachers=settings.min_teachers,
         max_teachers=max(settings.min_teachers, settings.max_teachers),
@@ -140,7 +136,21 @@ def teachers_of(
             "auth_mode": pool.auth_mode,
             "deadline_s": settings.teacher_deadline_s,
         }
+        if settings.runner == "ray":  # before students take the CPUs
+            pool.wait_for_one(settings.teacher_deadline_s)
         yield [job.model_copy(update=way) for job in jobs]
+
+
+def needs_teachers(context: StageContext, jobs: Sequence[FinetuneJob]) -> bool:
+    """Whether elastic teachers are asked for, and have something to label."""
+    store = context.workspace.store
+    keys = {key for job in _left(context, jobs) for key in job.labels}
+    is_elastic = context.params.finetune.teachers == "elastic"
+    return is_elastic and not all(store.has(LABELS, key) for key in keys)
+
+
+def _left(context: StageContext, jobs: Sequence[FinetuneJob]) -> list[FinetuneJob]:
+    return [job for job in jobs if not context.workspace.store.has(FINETUNED, job.key)]
 
 
 def label_plan(job: FinetuneJob) -> LabelPlan:

@@ -136,6 +136,12 @@ def test_such_channels_are_not_even_tried(forward: Callable[[Freely, Tensor], Te
     assert _groups(Freely(forward, None)) == []
 
 
+def test_a_block_of_tokens_is_refused() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with pytest.raises(CandidateError, match=r"takes tensors of shape \(1, 5, 8\)"):
+        settle_candidate(NarrowConfig(), block, torch.zeros(1, 5, 8))
+
+
 def test_code_that_counts_the_channels_is_found_by_masking() -> None:
     block = Freely(lambda m, x: m.c((y := m.a(x)) * y.shape[1]), None).eval()
     assert _groups(block) == [_group("a", "", "c")]

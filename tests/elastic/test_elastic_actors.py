@@ -48,10 +48,10 @@ def answers(*questions: Coroutine[Any, Any, Any]) -> list[Any]:
 def test_an_idle_teacher_gets_a_chunk_as_soon_as_one_is_wanted(plan: LabelPlan) -> None:
     board = BoardActor(plan)
     began_s = time.monotonic()
-    taken, _ = answers(board.take("a"), board.want("s", [(0, 0)]))
+    taken, _ = answers(board.turn("a"), board.want("s", [(0, 0)]))
     assert taken == (0, 0)
     assert time.monotonic() - began_s < 0.3
-    (nothing,) = answers(board.take("b"))
+    (nothing,) = answers(board.turn("b"))
     assert nothing is None
     assert time.monotonic() - began_s > 0.5
 
@@ -61,13 +61,13 @@ def test_a_waiting_student_hears_when_its_first_chunk_is_done(plan: LabelPlan) -
 
     async def label(chunk: Chunk) -> None:
         written(plan, chunk)
-        await board.finish("a", chunk)
+        await board.turn("a", chunk)
 
     began_s = time.monotonic()
     (done, _), *_ = answers(
         board.want("s", [(0, 0), (0, 1)], 5.0),
-        board.take("a"),
-        board.take("a"),
+        board.turn("a"),
+        board.turn("a"),
         label((0, 1)),  # not the first one
         label((0, 0)),
     )
@@ -80,9 +80,9 @@ def test_a_waiting_student_hears_when_its_first_chunk_is_done(plan: LabelPlan) -
 def test_a_lost_teachers_last_question_takes_nothing(plan: LabelPlan) -> None:
     board = BoardActor(plan)
     answers(board.want("s", [(0, 0)]))
-    lost, _, nothing = answers(board.take("a"), board.leave("a"), board.take("a"))
+    lost, _, nothing = answers(board.turn("a"), board.leave("a"), board.turn("a"))
     assert (lost, nothing) == ((0, 0), None)
-    (taken,) = answers(board.take("b"))
+    (taken,) = answers(board.turn("b"))
     assert taken == (0, 0), "it is open again"
 
 
@@ -90,23 +90,22 @@ class Calls:
     """A board's actor in this process; every call is done at once."""
 
     def __init__(self, *chunks: Chunk) -> None:
-        self.open, self.heard = list(chunks), list[tuple[Any, ...]]()
+        self.open = list(chunks)
+        self.heard: list[tuple[Chunk | None, str]] = []
+        self.turn = SimpleNamespace(remote=self._turn)
 
-    def __getattr__(self, name: str) -> SimpleNamespace:
-        def remote(*arguments: Any) -> Chunk | None:
-            if name != "take":
-                self.heard.append((name, *arguments))
-            elif not self.open:
-                raise SystemExit  # killed
-            return self.open.pop(0) if name == "take" else None
-
-        return SimpleNamespace(remote=remote)
+    def _turn(self, name: str, labelled: Chunk | None, failure: str) -> Chunk:
+        assert name == "a"
+        self.heard.append((labelled, failure))
+        if not self.open:
+            raise SystemExit  # killed
+        return self.open.pop(0)
 
 
 def test_a_teacher_that_cannot_write_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "ray_module", lambda: SimpleNamespace(get=lambda value: value))
     monkeypatch.setattr(actors, "_PAUSE_S", 0.0)
-    board, is_full = Calls((0, 0), (0, 1), (0, 0)), [True, False]
+    board, is_full = Calls((0, 0), (0, 1), (0, 0), (0, 2)), [True, False, False]
 
     def label(chunk: Chunk) -> None:
         if is_full.pop(0):
@@ -114,7 +113,8 @@ def test_a_teacher_that_cannot_write_says_so_and_goes_on(monkeypatch: pytest.Mon
 
     with pytest.raises(SystemExit):
         work_on("a", board, label)
-    (failed, name, chunk, reason), *rest = board.heard
-    assert (failed, name, chunk) == ("fail", "a", (0, 0))
-    assert "No space left" in reason
-    assert rest == [("finish", "a", (0, 1))]
+    assert board.heard[:2] == [(None, ""), (None, "")], "one chunk, and one ahead"
+    chunk, failure = board.heard[2]
+    assert chunk == (0, 0)
+    assert "No space left" in failure
+    assert board.heard[3:] == [((0, 1), ""), ((0, 0), "")]

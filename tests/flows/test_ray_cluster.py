@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -103,6 +104,15 @@ def test_a_run_on_ray_gives_the_same_weights(project: Project) -> None:
     after = tensors_of(project.root)
     assert any("trainees" in name for name in after)
     assert after == before
+
+
+@pytest.mark.slow
+def test_elastic_teachers_and_students_share_two_cpus(project: Project) -> None:
+    project.edit("finetune: {epochs: 1}", "finetune: {epochs: 2, teachers: elastic}")
+    on_ray(project).run("pbkd", "run")
+    [record] = (project.root / "artifacts" / "finetune").glob("*/finetune.json")
+    assert json.loads(record.read_text())["num_lacking"] == 0
+    assert project.is_clean()
 
 
 @pytest.mark.slow

@@ -103,6 +103,42 @@ def test_what_a_cluster_lacks_is_named() -> None:
         worker_slots_on([Node(0, 0)], settings())
 
 
+class FakeCluster:
+    """What a pool asks of a cluster, without Ray."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.condition, self.pools, self._nodes = threading.Condition(), [], list(nodes)
+
+    def nodes(self) -> list[Node]:
+        return self._nodes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus", "jobs"),
+    [
+        ([Node(2, 0)], 0, 1, 1),
+        ([Node(4, 0), Node(4, 0)], 0, 1, 7),
+        ([Node(4, 0), Node(4, 0)], 4, 2, 3),
+        ([Node(8, 0)], 3, 1, 3),
+    ],
+)
+def test_students_leave_the_cpus_to_teachers(
+    nodes: list[Node], workers: int, cpus: int, jobs: int
+) -> None:
+    slots = worker_slots_on(nodes, settings(workers=workers))
+    cluster: Any = FakeCluster(*nodes)
+    pool = RayPool(cluster, slots, job_timeout_s=1.0, hang_timeout_s=1.0)
+    assert pool.leave_room(cpus) == jobs
+
+
+def test_a_cluster_without_room_for_teachers_is_refused() -> None:
+    cluster: Any = FakeCluster(Node(2, 0))
+    slots = worker_slots_on(cluster.nodes(), settings(workers=1))
+    pool = RayPool(cluster, slots, job_timeout_s=1.0, hang_timeout_s=1.0)
+    with pytest.raises(ConfigError, match=r"a worker takes 2 CPUs .* has 2 .*PBKD_WORKERS"):
+        pool.leave_room(1)
+
+
 # ---------------------------------------------------------------- joining
 
 

@@ -53,6 +53,11 @@ def settle(config: NarrowConfig, block: nn.Module, x_nchw: Tensor) -> NarrowConf
             "is a single convolution, without inner channels; `narrow` is for blocks of several "
             "(`select: residual` or `paths`)"
         )
+    if x_nchw.dim() != 4:
+        raise CandidateError(
+            f"{type(block).__name__} takes tensors of shape {tuple(x_nchw.shape)}; `narrow` is for "
+            "blocks that take (N, C, H, W)"
+        )
     found = find_inner(block, x_nchw)
     verified = tuple(inner for inner in found if _holds(config, block, inner, x_nchw))
     if not verified:
