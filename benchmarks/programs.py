@@ -29,14 +29,21 @@ def environment_of(root: Path) -> dict[str, str]:
     }
 
 
-def start(root: Path, command: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a program in a workspace, in a session of its own; it writes into ``log.txt``."""
+def start(
+    root: Path, command: str, procs: Path | None = None, **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start a program in a workspace, in a session of its own; it writes into ``log.txt``.
+
+    Args:
+        procs: file of a control group that the program joins.
+    """
     program, *arguments = command.split()
     with (root / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [str(BIN / program), *arguments],
             cwd=root, env=environment_of(root) | environment, stdout=log, stderr=log,
             start_new_session=True,
+            preexec_fn=lambda: procs.write_text(str(os.getpid())) if procs else None,
         )  # fmt: skip
 
 
@@ -47,9 +54,9 @@ def wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
         sys.exit(f"{process.args} in {root} failed:\n{log[-3000:]}")
 
 
-def run(root: Path, command: str, **environment: str) -> None:
-    """Run a program to its good end."""
-    wait_for(root, start(root, command, **environment))
+def run(root: Path, command: str, procs: Path | None = None, **environment: str) -> None:
+    """Run a program to its good end; arguments as above."""
+    wait_for(root, start(root, command, procs, **environment))
 
 
 def output_of(root: Path, command: str) -> str:
