@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -264,3 +268,44 @@ def test_verbs_that_write_refuse_a_workspace_that_another_process_holds(
         holder.kill()
         holder.wait()
     assert exit_code(monkeypatch, "shrink") == 0  # a killed holder blocks nobody
+
+
+STAGE = """
+import time
+from pbkd.cli.common import end_with_dvc
+end_with_dvc()
+print(1)
+time.sleep(60)
+"""
+DVC = """
+import os, subprocess, sys
+command = [sys.executable, "-u", "-c", os.environ["STAGE"]]
+stage = subprocess.Popen(
+    ["sh", "-c", '"$0" "$@"; true', *command], env=os.environ | {"DVC_STAGE": "x"}
+)
+stage.wait()
+"""
+
+
+def test_a_stage_of_dvc_repro_ends_when_dvc_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DVC],
+        env=os.environ | {"STAGE": STAGE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as dvc:
+        assert dvc.stdout is not None
+        assert dvc.stderr is not None
+        try:
+            assert dvc.stdout.readline() == "1\n"
+            (shell,) = psutil.Process(dvc.pid).children()
+            (stage,) = shell.children()
+            dvc.kill()
+            psutil.wait_procs([stage], timeout=10)
+            assert not stage.is_running()
+            assert "DVC is gone" in dvc.stderr.read()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(dvc.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 from pbkd._version import __version__
 from pbkd.allocator import keep_freed_memory
-from pbkd.cli.common import stderr_console
+from pbkd.cli.common import end_with_dvc, stderr_console
 from pbkd.errors import ConfigError, PbkdError, disk_errors_explained
 from pbkd.redaction import without_secrets
 
@@ -81,6 +81,7 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug
+    end_with_dvc()
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     handler = _handler(debug=debug)
     handler.addFilter(_redacted)

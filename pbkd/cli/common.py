@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
+    import psutil
+
     from flows.pools import Pools
     from pbkd.artifacts import Workspace
     from pbkd.report import Table
 
 _EXIT_INTERRUPTED = 130
 _INTERRUPT_GRACE_S = 6.0
+_WATCH_S = 0.5
 
 # Prefect without a server starts a temporary one; it should be quiet, local, and in no hurry.
 _PREFECT_ENVIRONMENT = {
@@ -91,6 +95,29 @@ def _interrupt(*_: object) -> None:
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
+
+
+def end_with_dvc() -> None:
+    """As a stage of `dvc repro`: end when DVC is gone; its next run would find this one at work."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    import psutil
+
+    with suppress(psutil.Error):
+        for parent in psutil.Process().parents():  # between the two may be a shell
+            if "DVC_STAGE" not in parent.environ():
+                threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+                return
+
+
+def _end_after(process: psutil.Process) -> None:
+    import psutil
+
+    with suppress(psutil.Error):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_WATCH_S)
+    print("DVC is gone; what is finished is kept", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @cache
