@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import harness
 import torch
 from label_faults import Outcome as LabelOutcome
-from label_faults import label_faults
+from label_faults import label_faults, node_joins
 from run_faults import Outcome as RunOutcome
 from run_faults import run_faults
 
@@ -32,11 +32,19 @@ def main() -> None:
     repeat = options.repeat or (1 if options.quick else 10)
     torch.set_num_threads(1)
     labels = {} if options.part == "runs" else label_faults(repeat, _told)
+    joins = None if options.part == "runs" else node_joins()
     runs = {} if options.part == "labels" else run_faults(repeat, _told)
     samples = {name: vars(outcome) for part in (labels, runs) for name, outcome in part.items()}
     rows = [*_label_rows(labels), *_run_rows(runs)]
-    targets = [*_label_targets(labels), *_run_targets(runs)]
-    harness.finish("faults", {"repeat": repeat}, samples, rows, targets)
+    late_s = max(0.0, joins[1] - joins[0]) if joins else None
+    targets = [
+        *_label_targets(labels),
+        harness.Target(
+            "a new node has a teacher, after an actor's start", late_s, "at most", 10, "s"
+        ),
+        *_run_targets(runs),
+    ]
+    harness.finish("faults", {"repeat": repeat, "start_and_join_s": joins}, samples, rows, targets)
 
 
 def _told(name: str) -> None:

@@ -24,6 +24,7 @@ import torch
 from workspaces import make_workspace, run_stages
 
 from pbkd.data import Stream
+from pbkd.elastic import pool as pools
 from pbkd.elastic.actors import RayBoard, connect, ray_module
 from pbkd.elastic.chunks import LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
@@ -58,6 +59,9 @@ class Outcome:
 class Cluster:
     """Ray nodes of one CPU each on this machine; a context manager that connects this process."""
 
+    def __init__(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
     def __enter__(self) -> Cluster:
         from ray.cluster_utils import Cluster as Nodes
 
@@ -65,7 +69,7 @@ class Cluster:
         self._nodes = Nodes(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
         )
-        self.others = [self._nodes.add_node(num_cpus=1) for _ in range(2)]
+        self.others = [self._nodes.add_node(num_cpus=1) for _ in range(self._num_nodes - 1)]
         connect(self._nodes.address)
         return self
 
@@ -83,9 +87,10 @@ class Cluster:
         [pid, *_] = [p for p in raylets if {c.pid for c in _below(p)} & set(pids)]
         os.kill(pid, signal.SIGKILL)
         self.others.remove(raylets[pid])
-        threading.Thread(target=self._add).start()
+        threading.Thread(target=self.add_node).start()
 
-    def _add(self) -> None:
+    def add_node(self) -> None:
+        """Another node joins."""
         self.others.append(self._nodes.add_node(num_cpus=1))
 
 
@@ -177,12 +182,39 @@ class _Reader:
 def label_faults(times: int, show: Callable[[str], None]) -> dict[str, Outcome]:
     """Every fault so many times, an epoch each; ``show`` gets the name of what is done."""
     outcomes = {}
-    with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
+    with tempfile.TemporaryDirectory() as folder, Cluster(3) as cluster:
         case = _Case(Path(folder))
         for name, fault in ({"none": _nothing} | _FAULTS).items():
             outcomes[name] = _run(case, cluster, fault, times)
             show(name)
     return outcomes
+
+
+def node_joins() -> tuple[float, float]:
+    """Seconds that a teacher takes to start, and from a new node's coming to a teacher on it.
+
+    The student waits all the time, for a teacher that was stopped on the only other node.
+    """
+    pools._HANG_S = 600.0  # or that one would be replaced in its place
+    with tempfile.TemporaryDirectory() as folder, Cluster(1) as cluster:
+        case = _Case(Path(folder))
+        began_s = time.monotonic()
+        size = PoolSize(1, 2, cpus=1.0)
+        with TeacherPool(plan := case.plan(1), size, case.folder / "teachers.json") as pool:
+            while not all(pool.places().values()):
+                time.sleep(0.05)
+            start_s = time.monotonic() - began_s
+            _send(pids := [place[1] for place in pool.places().values() if place], signal.SIGSTOP)
+            board = RayBoard(pool.board, pool.address)
+            while len(pool.places()) < 2:
+                board.want("student", [(0, n) for n in range(plan.num_chunks)], wait=True)
+            began_s = time.monotonic()
+            cluster.add_node()
+            while not all(pool.places().values()):
+                board.want("student", [(0, n) for n in range(plan.num_chunks)], wait=True)
+            used_s = time.monotonic() - began_s
+            _send(pids, signal.SIGCONT)
+    return start_s, used_s
 
 
 def _run(case: _Case, cluster: Cluster, fault: Callable[[_Reader], bool], times: int) -> Outcome:
