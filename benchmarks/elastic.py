@@ -49,7 +49,7 @@ from pbkd.elastic.board import Chunk
 from pbkd.elastic.chunks import LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
 from pbkd.elastic.soft_labels import SoftLabels, kept_of, write_labels
-from pbkd.elastic.stream import LabelStream
+from pbkd.elastic.stream import WINDOW, LabelStream
 from pbkd.measure import usable_cores
 from pbkd.models import Classifier, NetworkSpec, Recipe, build_network
 from pbkd.models.run import Loss, Run
@@ -431,7 +431,7 @@ def _sleepers(case: Case, seconds: float) -> Part:
 
 def _read_on(ray: Any, board: Any, view: int, read: list[int], is_over: threading.Event) -> None:
     """A student that is faster than its teachers."""
-    position, window = 0, 2 * _NUM_SLEEPERS
+    position, window = 0, WINDOW * _NUM_SLEEPERS
     done: set[int] = set()
     while not is_over.is_set():
         ahead: list[Chunk] = [

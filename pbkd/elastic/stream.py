@@ -19,8 +19,9 @@ from pbkd.errors import ArtifactError, TrainingError
 
 _log = logging.getLogger(__name__)
 
-_MIN_WINDOW, _MAX_WINDOW = 8, 64
-"""Chunks that a student asks for ahead; two per teacher between these."""
+WINDOW = 4
+"""Chunks per teacher that a student asks for ahead: a slow one holds up the first of them."""
+_MIN_WINDOW, _MAX_WINDOW = 16, 128
 
 
 class LabelBoard(Protocol):
@@ -182,7 +183,7 @@ class LabelStream:
             return False
         wait = bool(missing) and not self._is_alone
         done, num_teachers = self.board.want(self.student, wanted, wait=wait)
-        self._window = min(max(_MIN_WINDOW, 2 * num_teachers), _MAX_WINDOW)
+        self._window = min(max(_MIN_WINDOW, WINDOW * num_teachers), _MAX_WINDOW)
         read = [chunk for chunk in done if self._read(chunk)]
         if read:
             self._last_label_s, self._is_alone = time.monotonic(), False
