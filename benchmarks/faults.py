@@ -5,6 +5,8 @@
 - run_faults.py: a worker, a student or the flow of a whole run is killed; the weights must be those
   of a run that nobody disturbed.
 
+What is done is not done again when the script was stopped.
+
     .venv/bin/python benchmarks/faults.py [--repeat 10] [--part labels|runs]
 """
 
@@ -15,10 +17,12 @@ from collections.abc import Callable, Mapping
 
 import harness
 import torch
+from kept import Keep
 from label_faults import Outcome as LabelOutcome
 from label_faults import label_faults, node_joins
 from run_faults import Outcome as RunOutcome
 from run_faults import run_faults
+from workspaces import ROOT
 
 _MAX_S = 30.0  # of a wait
 
@@ -31,12 +35,13 @@ def main() -> None:
     options = arguments.parse_args()
     repeat = options.repeat or (1 if options.quick else 10)
     torch.set_num_threads(1)
-    labels = {} if options.part == "runs" else label_faults(repeat, _told)
-    joins = None if options.part == "runs" else node_joins()
-    runs = {} if options.part == "labels" else run_faults(repeat, _told)
+    keep = Keep(ROOT / "benchmarks" / "results" / "faults", {"repeat": repeat})
+    labels = {} if options.part == "runs" else label_faults(repeat, keep)
+    joins = None if options.part == "runs" else keep("a node joins", node_joins)
+    runs = {} if options.part == "labels" else run_faults(repeat, keep)
     samples = {name: vars(outcome) for part in (labels, runs) for name, outcome in part.items()}
     rows = [*_label_rows(labels), *_run_rows(runs)]
-    late_s = max(0.0, joins[1] - joins[0]) if joins else None
+    late_s = max(0.0, joins["joined_s"] - joins["start_s"]) if joins else None
     targets = [
         *_label_targets(labels),
         harness.Target(
@@ -44,11 +49,7 @@ def main() -> None:
         ),
         *_run_targets(runs),
     ]
-    harness.finish("faults", {"repeat": repeat, "start_and_join_s": joins}, samples, rows, targets)
-
-
-def _told(name: str) -> None:
-    print(f"{name}: done", flush=True)
+    harness.finish("faults", {"repeat": repeat, "node_joins": joins}, samples, rows, targets)
 
 
 def _label_rows(outcomes: Mapping[str, LabelOutcome]) -> list[dict[str, str]]:

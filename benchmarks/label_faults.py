@@ -16,11 +16,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+from kept import Keep
 from workspaces import make_workspace, run_stages
 
 from pbkd.data import Stream
@@ -33,6 +36,7 @@ from pbkd.stages.teacher import read_teacher
 
 _BATCH, _CHUNK, _DEADLINE_S = 64, 64, 120.0
 _AT_STEP = 2
+_NUM_NODES = 3  # one more than teachers
 _SIZE = PoolSize(2, 2, cpus=1.0)
 _STOPPED_S, _FULL_S = 30.0, 5.0
 _DISK_BYTES = 4 << 20
@@ -78,7 +82,7 @@ class Cluster:
         self._nodes.shutdown()
 
     def lose_node_of(self, pids: list[int]) -> None:
-        """SIGKILL the raylet of a node, not the head, that has one of these; a new one comes."""
+        """SIGKILL the raylet of a node, not the head, that has one of these processes."""
         raylets = {
             node.all_processes["raylet"][0].process.pid: node
             for node in self.others
@@ -87,11 +91,11 @@ class Cluster:
         [pid, *_] = [p for p in raylets if {c.pid for c in _below(p)} & set(pids)]
         os.kill(pid, signal.SIGKILL)
         self.others.remove(raylets[pid])
-        threading.Thread(target=self.add_node).start()
 
-    def add_node(self) -> None:
-        """Another node joins."""
-        self.others.append(self._nodes.add_node(num_cpus=1))
+    def complete(self, num_nodes: int) -> None:
+        """Let nodes join until there are so many."""
+        while len(self.others) + 1 < num_nodes:
+            self.others.append(self._nodes.add_node(num_cpus=1))
 
 
 def _below(pid: int) -> list[psutil.Process]:
@@ -179,18 +183,23 @@ class _Reader:
         return longest_s
 
 
-def label_faults(times: int, show: Callable[[str], None]) -> dict[str, Outcome]:
-    """Every fault so many times, an epoch each; ``show`` gets the name of what is done."""
+def label_faults(times: int, keep: Keep) -> dict[str, Outcome]:
+    """Every fault so many times, an epoch each."""
     outcomes = {}
-    with tempfile.TemporaryDirectory() as folder, Cluster(3) as cluster:
-        case = _Case(Path(folder))
+    with ExitStack() as stack:
+
+        @cache
+        def case() -> tuple[_Case, Cluster]:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            return _Case(Path(folder)), stack.enter_context(Cluster(_NUM_NODES))
+
         for name, fault in ({"none": _nothing} | _FAULTS).items():
-            outcomes[name] = _run(case, cluster, fault, times)
-            show(name)
+            found = keep(name, lambda fault=fault: vars(_run(*case(), fault, times)))  # type: ignore[misc]
+            outcomes[name] = Outcome(**found)
     return outcomes
 
 
-def node_joins() -> tuple[float, float]:
+def node_joins() -> dict[str, float]:
     """Seconds that a teacher takes to start, and from a new node's coming to a teacher on it.
 
     The student waits all the time, for a teacher that was stopped on the only other node.
@@ -209,12 +218,12 @@ def node_joins() -> tuple[float, float]:
             while len(pool.places()) < 2:
                 board.want("student", [(0, n) for n in range(plan.num_chunks)], wait=True)
             began_s = time.monotonic()
-            cluster.add_node()
+            cluster.complete(2)
             while not all(pool.places().values()):
                 board.want("student", [(0, n) for n in range(plan.num_chunks)], wait=True)
             used_s = time.monotonic() - began_s
             _send(pids, signal.SIGCONT)
-    return start_s, used_s
+    return {"start_s": start_s, "joined_s": used_s}
 
 
 def _run(case: _Case, cluster: Cluster, fault: Callable[[_Reader], bool], times: int) -> Outcome:
@@ -228,6 +237,7 @@ def _run(case: _Case, cluster: Cluster, fault: Callable[[_Reader], bool], times:
         reader = _Reader(case, plan, pool, cluster)
         waits_s = []
         for epoch in range(times):
+            cluster.complete(_NUM_NODES)
             while sum(place is not None for place in pool.places().values()) < 2:
                 time.sleep(0.05)
             waits_s.append(reader.read(epoch, fault))

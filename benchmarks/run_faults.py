@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
+from kept import Keep
 from programs import processes_of, run, seconds_until_gone, start, wait_for
 from workspaces import make_workspace
 
@@ -49,23 +51,34 @@ class Outcome:
     left: int = 0
 
 
-def run_faults(times: int, show: Callable[[str], None]) -> dict[str, Outcome]:
-    """Every fault so many times; ``show`` gets the name of what is done."""
+def run_faults(times: int, keep: Keep) -> dict[str, Outcome]:
+    """Every fault so many times."""
     outcomes = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = folder / "base"
-        make_workspace(base, _PARAMS)
-        run(base, "dvc repro activations")
-        blocks = _Case(base, "pbkd distill", "trainees", folder)
-        outcomes["SIGKILL of a worker in mid-block"] = blocks.faults(times, _kill_worker)
-        show("worker")
-        outcomes["SIGKILL of the flow in mid-block"] = blocks.faults(times, _kill_flow)
-        show("flow")
-        run(base, "dvc repro stitch")
-        students = _Case(base, "pbkd run", "finetuned", folder)
-        outcomes["SIGKILL of a student in mid-epoch"] = students.faults(times, _kill_worker)
-        show("student")
+
+        @cache
+        def base() -> Path:
+            make_workspace(folder / "base", _PARAMS)
+            run(folder / "base", "dvc repro activations")
+            return folder / "base"
+
+        @cache
+        def blocks() -> _Case:
+            return _Case(base(), "pbkd distill", "trainees", folder)
+
+        @cache
+        def students() -> _Case:
+            run(base(), "dvc repro stitch")
+            return _Case(base(), "pbkd run", "finetuned", folder)
+
+        for name, case, kill in (
+            ("SIGKILL of a worker in mid-block", blocks, _kill_worker),
+            ("SIGKILL of the flow in mid-block", blocks, _kill_flow),
+            ("SIGKILL of a student in mid-epoch", students, _kill_worker),
+        ):
+            found = keep(name, lambda case=case, kill=kill: vars(case().faults(times, kill)))  # type: ignore[misc]
+            outcomes[name] = Outcome(**found)
     return outcomes
 
 
