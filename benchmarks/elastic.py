@@ -46,7 +46,7 @@ from pbkd.data import Split, Stream
 from pbkd.data.batches import Batch
 from pbkd.elastic.actors import BoardActor, RayBoard, connect, ray_module, work_on
 from pbkd.elastic.board import Chunk
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
 from pbkd.elastic.soft_labels import SoftLabels, kept_of, write_labels
 from pbkd.elastic.stream import WINDOW, LabelStream

@@ -29,7 +29,7 @@ from workspaces import make_workspace, run_stages
 from pbkd.data import Stream
 from pbkd.elastic import pool as pools
 from pbkd.elastic.actors import RayBoard, connect, ray_module
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
 from pbkd.elastic.stream import LabelStream
 from pbkd.stages.teacher import read_teacher

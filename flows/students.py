@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from flows.pool import WorkerPool, run_all
 from flows.slots import Slot
-from pbkd.elastic.soft_labels import LABELS
+from pbkd.elastic.label_plan import LABELS
 from pbkd.elastic.status import TeachersStatus
 from pbkd.errors import disk_errors_explained
 from pbkd.settings import Settings

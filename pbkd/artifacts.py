@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pbkd.errors import DISK_FULL_ADVICE, ArtifactError
+
+if TYPE_CHECKING:  # it takes seconds to load, and many that read and write files need no tensor
+    import torch
 
 MARKER = "item.json"
 
@@ -54,6 +54,8 @@ def file_digest(path: Path) -> str:
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     """128-bit hex digest of named tensors: names, dtypes, shapes and bytes."""
+    import torch
+
     hasher = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -138,6 +140,9 @@ def read_json(path: Path) -> Any:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, whole or not at all; shared memory is written out twice."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         try:
@@ -151,6 +156,9 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read safetensors; ArtifactError where the file is missing, truncated or something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; run the stage that writes it")
     try:
@@ -163,6 +171,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(path: Path, content: Any) -> None:
     """Write tensors and plain values, whole or not at all; OSError where the disk is full."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)  # into a file, it would hide why it fails
     with atomic_path(path) as temporary:
@@ -175,6 +185,8 @@ def load_checkpoint(path: Path) -> Any:
     Raises:
         Exception: of any kind: a damaged file makes torch raise whatever comes up.
     """
+    import torch
+
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # torch compares no checksum
             raise ArtifactError(f"the checksum of its {damaged} differs")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pbkd.elastic.board import Board, Chunk, Stats
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LabelPlan
 from pbkd.errors import MissingExtraError
 
 _log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from pbkd.elastic.actors import (
     ray_module,
 )
 from pbkd.elastic.board import Stats, TeacherState
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LabelPlan
 from pbkd.elastic.status import TeachersStatus, TeacherStatus
 
 _log = logging.getLogger(__name__)

@@ -24,8 +24,6 @@ from pbkd.models import Classifier, ModelCard
 ALGORITHM = 1
 """Raised whenever the same settings would give other labels."""
 
-LABELS = "labels"
-"""Kind of the store's items."""
 RECORD = "labels.json"
 
 _BATCH = 256

@@ -13,8 +13,9 @@ from torch import Tensor
 from pbkd.artifacts import Store
 from pbkd.data.batches import Batch, Stream
 from pbkd.elastic.board import Chunk
-from pbkd.elastic.chunks import LabelPlan, keep_view, read_chunk
-from pbkd.elastic.soft_labels import LABELS, SoftLabels, logits_of
+from pbkd.elastic.chunks import keep_view, read_chunk
+from pbkd.elastic.label_plan import LABELS, LabelPlan
+from pbkd.elastic.soft_labels import SoftLabels, logits_of
 from pbkd.errors import ArtifactError, TrainingError
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from pbkd.config import FinetuneConfig
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device
 from pbkd.elastic.actors import RayBoard
-from pbkd.elastic.soft_labels import LABELS, SoftLabels
+from pbkd.elastic.label_plan import LABELS
+from pbkd.elastic.soft_labels import SoftLabels
 from pbkd.elastic.stream import LabelStream
 from pbkd.errors import disk_errors_explained
 from pbkd.models import ModelCard, load_teacher, read_card, save_model

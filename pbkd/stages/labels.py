@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from pbkd.artifacts import Store, read_json, write_json
 from pbkd.data import Stream, load_prepared
 from pbkd.devices import best_device, enough_memory
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LABELS, LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
-from pbkd.elastic.soft_labels import LABELS, RECORD, labels_key, write_labels
+from pbkd.elastic.soft_labels import RECORD, labels_key, write_labels
 from pbkd.elastic.status import FILE, TeachersStatus
 from pbkd.errors import disk_errors_explained
 from pbkd.models import ModelCard, load_teacher

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import subprocess
+import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from pbkd.elastic import actors
 from pbkd.elastic.actors import BoardActor, work_on
 from pbkd.elastic.board import Chunk
-from pbkd.elastic.chunks import LabelPlan
+from pbkd.elastic.label_plan import LabelPlan
 
 
 @pytest.fixture
@@ -84,6 +86,12 @@ def test_a_lost_teachers_last_question_takes_nothing(plan: LabelPlan) -> None:
     assert (lost, nothing) == ((0, 0), None)
     (taken,) = answers(board.turn("b"))
     assert taken == (0, 0), "it is open again"
+
+
+def test_a_board_loads_no_torch() -> None:
+    code = "import sys, pbkd.elastic.actors; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 class Calls:

@@ -15,9 +15,10 @@ from pbkd.artifacts import Workspace, read_json
 from pbkd.elastic import actors
 from pbkd.elastic import pool as pools
 from pbkd.elastic.actors import RayBoard, ray_module
-from pbkd.elastic.chunks import LabelPlan, keep_view
+from pbkd.elastic.chunks import keep_view
+from pbkd.elastic.label_plan import LABELS, LabelPlan
 from pbkd.elastic.pool import PoolSize, TeacherPool
-from pbkd.elastic.soft_labels import LABELS, SoftLabels
+from pbkd.elastic.soft_labels import SoftLabels
 from pbkd.elastic.status import read_status
 from pbkd.elastic.stream import LabelStream
 from pbkd.errors import TrainingError

@@ -16,8 +16,8 @@ from pbkd.artifacts import Store, Workspace, load_tensors
 from pbkd.data import Stream
 from pbkd.elastic import chunks, stream
 from pbkd.elastic.board import Board, Chunk
-from pbkd.elastic.chunks import LabelPlan, keep_view, label_chunk
-from pbkd.elastic.soft_labels import LABELS
+from pbkd.elastic.chunks import keep_view, label_chunk
+from pbkd.elastic.label_plan import LABELS, LabelPlan
 from pbkd.elastic.stream import LabelStream
 from pbkd.errors import TrainingError
 from pbkd.models import Classifier, ModelCard
