@@ -19,7 +19,7 @@ import pool_jobs
 import psutil
 import pytest
 
-from flows.pool import WorkerPool
+from flows.pool import WorkerPool, run_all
 from flows.slot_pool import SlotPool
 from flows.slots import Slot, whole_machine_slot, worker_slots
 from flows.worker import call, unpack_result
@@ -561,3 +561,20 @@ def test_pool_does_not_import_torch() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def test_so_many_calls_use_a_pool_at_once(tmp_path: Path) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def call(_: WorkerPool) -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        with lock:
+            running[0] -= 1
+
+    pool = make_pool(tmp_path)
+    run_all(pool, [call] * 6, at_once=2)
+    assert most == [2]
+    assert pool.leave_room(1) == 1

@@ -112,6 +112,9 @@ class FakeCluster:
     def nodes(self) -> list[Node]:
         return self._nodes
 
+    def leave(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("nodes", "workers", "cpus", "jobs"),
