@@ -238,7 +238,7 @@ def _run(case: _Case, cluster: Cluster, fault: Callable[[_Reader], bool], times:
         waits_s = []
         for epoch in range(times):
             cluster.complete(_NUM_NODES)
-            while sum(place is not None for place in pool.places().values()) < 2:
+            while len(_living(pool)) < _SIZE.min_teachers:
                 time.sleep(0.05)
             waits_s.append(reader.read(epoch, fault))
         reader.labels.close()
@@ -265,7 +265,13 @@ def _nothing(_: _Reader) -> bool:
 
 
 def _pids(reader: _Reader) -> list[int]:
-    return [place[1] for place in reader.pool.places().values() if place is not None]
+    return _living(reader.pool)
+
+
+def _living(pool: TeacherPool) -> list[int]:
+    """Processes of the teachers that are there; the pool may not have heard of a lost one yet."""
+    pids = [place[1] for place in pool.places().values() if place is not None]
+    return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
 def _send(pids: list[int], number: signal.Signals) -> None:
