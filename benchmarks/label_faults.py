@@ -81,16 +81,19 @@ class Cluster:
         ray_module().shutdown()
         self._nodes.shutdown()
 
-    def lose_node_of(self, pids: list[int]) -> None:
-        """SIGKILL the raylet of a node, not the head, that has one of these processes."""
-        raylets = {
-            node.all_processes["raylet"][0].process.pid: node
-            for node in self.others
-            if node.all_processes.get("raylet")
-        }
-        [pid, *_] = [p for p in raylets if {c.pid for c in _below(p)} & set(pids)]
-        os.kill(pid, signal.SIGKILL)
-        self.others.remove(raylets[pid])
+    def lose_node_of(self, pids: Callable[[], list[int]]) -> None:
+        """SIGKILL the raylet of a node, not the head, that has one of these processes.
+
+        Those of a node that was lost before may live on for a moment.
+        """
+        while True:
+            for node in self.others:
+                raylet = node.all_processes["raylet"][0].process
+                if {child.pid for child in _below(raylet.pid)} & set(pids()):
+                    raylet.kill()
+                    self.others.remove(node)
+                    return
+            time.sleep(0.1)
 
     def complete(self, num_nodes: int) -> None:
         """Let nodes join until there are so many."""
@@ -291,7 +294,7 @@ def _all_teachers(reader: _Reader) -> bool:
 
 
 def _raylet(reader: _Reader) -> bool:
-    reader.cluster.lose_node_of(_pids(reader))
+    reader.cluster.lose_node_of(lambda: _pids(reader))
     return False
 
 
