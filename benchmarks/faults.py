@@ -13,7 +13,7 @@ What is done is not done again when the script was stopped.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import harness
 import torch
@@ -41,14 +41,13 @@ def main() -> None:
     runs = {} if options.part == "labels" else run_faults(repeat, keep)
     samples = {name: vars(outcome) for part in (labels, runs) for name, outcome in part.items()}
     rows = [*_label_rows(labels), *_run_rows(runs)]
-    late_s = max(0.0, joins["joined_s"] - joins["start_s"]) if joins else None
-    targets = [
-        *_label_targets(labels),
-        harness.Target(
-            "a new node has a teacher, after an actor's start", late_s, "at most", 10, "s"
-        ),
-        *_run_targets(runs),
-    ]
+    targets = []
+    if joins:
+        late_s = max(0.0, joins["joined_s"] - joins["start_s"])
+        name = "a new node has a teacher, after an actor's start"
+        targets = [*_label_targets(labels), harness.Target(name, late_s, "at most", 10, "s")]
+    if runs:
+        targets += _run_targets(runs)
     harness.finish("faults", {"repeat": repeat, "node_joins": joins}, samples, rows, targets)
 
 
@@ -80,43 +79,25 @@ def _row(name: str, times: int, wrong: int, doubled: int, lost_s: list[float]) -
 
 
 def _label_targets(outcomes: Mapping[str, LabelOutcome]) -> list[harness.Target]:
-    def worst(of: Callable[[LabelOutcome], float]) -> float | None:
-        return max((of(outcome) for outcome in outcomes.values()), default=None)
-
+    found = outcomes.values()
+    bad = sum(outcome.wrong + outcome.doubled for outcome in found)
+    longest_s = max(max(outcome.waits_s, default=0.0) for outcome in found)
+    untried = sum(bool(outcome.why_not) for outcome in found)
     return [
-        harness.Target(
-            "labels that are wrong, missing or shown twice",
-            worst(lambda o: o.wrong + o.doubled),
-            "at most",
-            0,
-            "",
-        ),
-        harness.Target(
-            "longest wait for a label", worst(lambda o: max(o.waits_s, default=0)), "at most",
-            _MAX_S, "s",
-        ),
-        harness.Target(
-            "kinds of faults that could not be tried",
-            sum(bool(o.why_not) for o in outcomes.values()) if outcomes else None,
-            "at most",
-            0,
-            "",
-        ),
-    ]  # fmt: skip
+        harness.Target("labels that are wrong, missing or shown twice", bad, "at most", 0, ""),
+        harness.Target("longest wait for a label", longest_s, "at most", _MAX_S, "s"),
+        harness.Target("kinds of faults that could not be tried", untried, "at most", 0, ""),
+    ]
 
 
 def _run_targets(outcomes: Mapping[str, RunOutcome]) -> list[harness.Target]:
     found = outcomes.values()
     return [
+        harness.Target("runs with other weights", sum(o.wrong for o in found), "at most", 0, ""),
         harness.Target(
-            "runs with other weights", sum(o.wrong for o in found) if found else None,
-            "at most", 0, "",
+            "processes left a minute later", sum(o.left for o in found), "at most", 0, ""
         ),
-        harness.Target(
-            "processes left a minute later", sum(o.left for o in found) if found else None,
-            "at most", 0, "",
-        ),
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 from flows.pool import JobPool
 from flows.slots import Slot
 from flows.worker import call, import_libraries, prepare
+from pbkd.elastic.actors import end_with_raylet
 from pbkd.errors import ConfigError, JobError, MissingExtraError
 from pbkd.settings import Settings
 
@@ -279,6 +280,7 @@ class RemoteWorker:
     """The actor of a slot, in a process of Ray: a thread runs jobs, while it sends messages."""
 
     def __init__(self, slot: Slot, *, preload: bool) -> None:
+        end_with_raylet()
         self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._threads = slot.threads
         prepare(slot, self._messages.put)

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ NAMESPACE = "pbkd"
 AUTH_MODE = "RAY_AUTH_MODE"
 _PATIENCE_S = 2.0
 _HOLD_S = 0.5  # then a question is answered with what there is, and asked again
+_WATCH_S = 1.0
 _PAUSE_S = 1.0  # of a teacher whose labels could not be written
 
 
@@ -56,6 +58,18 @@ def connect(address: str | None = None) -> bool:
     return not address
 
 
+def end_with_raylet() -> None:
+    """End this process once its node is lost: Ray lets an actor that is at work go on for ever."""
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Bell:
     """Wakes all who listen at the time; for one event loop."""
 
@@ -77,6 +91,7 @@ class BoardActor:
     """The board in a process of its own; what it knows comes back after a restart."""
 
     def __init__(self, plan: LabelPlan) -> None:
+        end_with_raylet()
         self._board = Board(plan.is_done, _PATIENCE_S)
         self._num_teachers = 0
         self._gone: set[str] = set()
@@ -108,6 +123,8 @@ class BoardActor:
         end_s, chunk = time.monotonic() + _HOLD_S, None
         if labelled is not None:
             self._end(teacher, labelled, failure)
+        if teacher in self._gone:  # it may outlive its node for a moment
+            await asyncio.sleep(_HOLD_S)
         while teacher not in self._gone:  # its last question may outlive it
             chunk = self._board.take(teacher, time.monotonic())
             if chunk is not None or self._board.is_busy(teacher):
@@ -139,6 +156,7 @@ class TeacherActor:
     """Labels chunks until it is told to end."""
 
     def __init__(self, plan: LabelPlan, threads: int, path: list[str]) -> None:
+        end_with_raylet()
         sys.path[:] = path  # a network of the user's own lies in the workspace
         os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         import torch

@@ -29,6 +29,11 @@ def plan(tmp_path: Path) -> LabelPlan:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "end_with_raylet", lambda: None)
+
+
 def written(plan: LabelPlan, chunk: Chunk) -> None:
     plan.path(chunk).parent.mkdir(parents=True, exist_ok=True)
     plan.path(chunk).touch()

@@ -59,6 +59,8 @@ def test_a_lost_node_fails_its_job_and_others_take_over(cluster: Any, tmp_path: 
 
         with pytest.raises(JobError, match=r"hold on slot cpu-\d: its process .* was lost: "):
             jobs[lost].result(timeout=120)
+        orphan = int(lost.read_text())
+        wait_until(lambda: not psutil.pid_exists(orphan))
         waiting = [threads.submit(pool.run, pool_jobs.add, 1, 1) for _ in range(2)]
         assert jobs[kept].result(timeout=120) is None
         assert [job.result(timeout=120) for job in waiting] == [2, 2]
