@@ -91,12 +91,11 @@ def _label_targets(outcomes: Mapping[str, LabelOutcome]) -> list[harness.Target]
 
 
 def _run_targets(outcomes: Mapping[str, RunOutcome]) -> list[harness.Target]:
-    found = outcomes.values()
+    wrong = sum(outcome.wrong for outcome in outcomes.values())
+    left = sum(outcome.left for outcome in outcomes.values())
     return [
-        harness.Target("runs with other weights", sum(o.wrong for o in found), "at most", 0, ""),
-        harness.Target(
-            "processes left a minute later", sum(o.left for o in found), "at most", 0, ""
-        ),
+        harness.Target("runs with other weights", wrong, "at most", 0, ""),
+        harness.Target("processes left a minute later", left, "at most", 0, ""),
     ]
 
 
