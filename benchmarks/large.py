@@ -36,20 +36,20 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, share):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.normal_(self.conv.weight, std=0.02)
+        self.share = share
 
     def forward(self, x):
-        return x + self.conv(x).relu()
+        return x + self.share * self.conv(x).relu()
 
 
 class Deep(nn.Module):
     def __init__(self, num_classes, in_channels, depth, channels, stride):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels, stride, stride)
-        self.layers = nn.Sequential(*(Layer(channels) for _ in range(depth)))
+        self.layers = nn.Sequential(*(Layer(channels, depth**-0.5) for _ in range(depth)))
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x):
@@ -60,7 +60,7 @@ def deep(num_classes, in_channels):
     return Deep(num_classes, in_channels, {depth}, 16, {stride})
 """
 _PARAMS: dict[str, dict[str, Any]] = {
-    "teacher": {"model": "network:deep", "epochs": 1, "batch_size": 64, "min_accuracy": 0.0},
+    "teacher": {"model": "network:deep", "epochs": 1, "lr": 0.02, "min_accuracy": 0.0},
     "blocks": {
         "select": "paths",
         "paths": ["layers.*.conv"],
