@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pbkd.errors import TrainingError
 
@@ -31,7 +32,33 @@ def channels_last(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = in_channels_last(parameter.data)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        for conv in module.modules():
+            if type(conv) is nn.Conv2d and _is_unsafe(conv):
+                conv.__class__ = _Subsampled
     return module
+
+
+class _Subsampled(nn.Conv2d):
+    """A 1x1 convolution with a stride, as one without a stride on every other pixel.
+
+    oneDNN 3.12 writes beyond its memory in the backward pass of the former, where a processor has
+    no AVX-512, the layout is channels-last and there are fewer than eight input channels.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(input[:, :, ::rows, ::columns], weight, bias)
+
+
+def _is_unsafe(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride != (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and conv.in_channels < 8
+    )
 
 
 def in_channels_last(x_nchw: Tensor, dtype: torch.dtype | None = None) -> Tensor:

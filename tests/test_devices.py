@@ -1,0 +1,25 @@
+"""The layout that suits a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pbkd.devices import channels_last
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_strided_1x1_convolution_gives_the_same_on_every_processor(
+    capability: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, 6, 1, stride=2)
+    x = torch.randn(2, channels, 7, 8)
+    expected = plain(x)
+    conv = channels_last(nn.Sequential(plain))[0]
+    assert (type(conv) is nn.Conv2d) == (capability == "AVX512" or channels == 8)
+    assert (conv.stride, conv.out_channels) == ((2, 2), 6)
+    torch.testing.assert_close(conv(x.contiguous(memory_format=torch.channels_last)), expected)
