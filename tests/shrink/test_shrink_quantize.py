@@ -123,7 +123,7 @@ def test_eight_bits_without_training_hardly_change_the_logits(shrunk, trainer):
     x = images(shrunk)
     with torch.no_grad():
         before, after = shrunk.model(x), got.model(x)
-    assert float((before - after).abs().max()) < 0.02 * float(before.abs().max())
+    assert float((before - after).abs().max()) < 0.03 * float(before.abs().max())
     assert not torch.equal(before, after)
 
 
