@@ -162,14 +162,13 @@ class LabelStream:
 
     def _keep(self, view: int) -> bool:
         """Put a whole view into the store; one that has no room there is read as it came."""
-        if not self._can_keep:
-            return False
-        try:
-            return keep_view(self.plan, view)
-        except OSError as error:
-            self._can_keep = False
-            _log.warning("the labels of view %d are not kept: %s", view, error)
-            return False
+        if self._can_keep:
+            try:
+                return keep_view(self.plan, view)
+            except OSError as error:
+                self._can_keep = False
+                _log.warning("the labels of view %d are not kept: %s", view, error)
+        return self.plan.is_kept(view)  # another student may have found room
 
     def _ask(self, missing: list[int]) -> bool:
         """Say what is needed now and next, and read what is there; returns whether any was."""

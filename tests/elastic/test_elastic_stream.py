@@ -198,6 +198,23 @@ def test_a_view_that_has_no_room_in_the_store_is_read_as_it_came(
     assert len(case.desk.labelled) == 2 * case.plan.num_chunks
 
 
+def test_a_view_that_only_another_student_could_keep_is_read_from_the_store(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream, "keep_view", full)
+    labels = case.student(deadline_s=2.0)
+    first, *rest = labels.train.epoch(0, BATCH)
+    assert labels(first) is not None
+    order = case.desk.train.order(0)
+    for number in range(case.plan.num_chunks):
+        label_chunk(case.plan, case.teacher, case.desk.train, order, (0, number))
+    assert keep_view(case.plan, 0)
+    assert all(labels(batch) is not None for batch in rest)
+
+
 def test_an_error_after_the_deadline_where_labels_are_needed(case: Case) -> None:
     case.desk.is_open = False
     labels = case.student()
