@@ -442,7 +442,7 @@ def test_ten_thousand_trainees_are_planned_in_seconds() -> None:
     speeds = np.exp(generator.uniform(0, np.log(4), 1_024)).tolist()
     begin = time.process_time()
     plan = plan_block_phase(blocks, trainees, speeds, Limits(job_s=1))
-    assert time.process_time() - begin < 10  # the target, 5 s, is benchmarks/planner.py's
+    assert time.process_time() - begin < 5
     assert plan.placement.makespan_s <= 1.01 * plan.placement.bound_s
 
 

@@ -120,10 +120,11 @@ def test_every_weight_lies_on_its_values_and_zeros_stay(shrunk, trainer, form, b
 
 def test_eight_bits_without_training_hardly_change_the_logits(shrunk, trainer):
     got = apply(shrunk, QuantizeStep(bits=8, tune=NO_TUNE), trainer)
-    x = images(shrunk)
+    # no noise: what a network makes of it depends on the processor that trained the network
+    x = trainer.val.plain(torch.arange(64))
     with torch.no_grad():
         before, after = shrunk.model(x), got.model(x)
-    assert float((before - after).abs().max()) < 0.03 * float(before.abs().max())
+    assert float((before - after).abs().max()) < 0.02 * float(before.abs().max())
     assert not torch.equal(before, after)
 
 
