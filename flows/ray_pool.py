@@ -24,8 +24,8 @@ from typing import Any
 from flows.pool import JobPool
 from flows.slots import Slot
 from flows.worker import call, import_libraries, prepare
-from pbkd.elastic.actors import end_with_raylet
 from pbkd.errors import ConfigError, JobError, MissingExtraError
+from pbkd.orphans import end_with_parent
 from pbkd.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ class RemoteWorker:
     """The actor of a slot, in a process of Ray: a thread runs jobs, while it sends messages."""
 
     def __init__(self, slot: Slot, *, preload: bool) -> None:
-        end_with_raylet()
+        end_with_parent(os.getppid())  # its node: Ray lets an actor at work go on without
         self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._threads = slot.threads
         prepare(slot, self._messages.put)

@@ -13,22 +13,21 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flows.slots import Slot
 from pbkd.allocator import keep_freed_memory
 from pbkd.errors import ConfigError, JobError, JobFailedError, PbkdError
+from pbkd.orphans import end_with_parent
 from pbkd.redaction import without_secrets
 
 RESULT, LOG = b"R", b"L"  # first byte of what a worker sends
-_WATCHDOG_S = 0.5  # how often a child looks for its parent
 
 
 def serve(pipe: Connection, slot: Slot, parent_pid: int, *, preload: bool = False) -> None:
@@ -48,7 +47,7 @@ def serve(pipe: Connection, slot: Slot, parent_pid: int, *, preload: bool = Fals
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
+    end_with_parent(parent_pid, _end_group)
     if preload:
         import_libraries()
     while True:
@@ -112,10 +111,7 @@ def log_line(line: bytes) -> None:
     logging.getLogger(name).log(level, "%s", message)
 
 
-def _end_with_parent(parent_pid: int) -> NoReturn:
-    # PR_SET_PDEATHSIG would not do: it follows the thread that made the child.
-    while os.getppid() == parent_pid:
-        time.sleep(_WATCHDOG_S)
+def _end_group() -> None:
     os.killpg(0, signal.SIGKILL)
     os._exit(1)
 

@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from pbkd.elastic.board import Board, Chunk, Stats
 from pbkd.elastic.label_plan import LabelPlan
 from pbkd.errors import MissingExtraError
+from pbkd.orphans import end_with_parent
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ NAMESPACE = "pbkd"
 AUTH_MODE = "RAY_AUTH_MODE"
 _PATIENCE_S = 2.0
 _HOLD_S = 0.5  # then a question is answered with what there is, and asked again
-_WATCH_S = 1.0
 _PAUSE_S = 1.0  # of a teacher whose labels could not be written
 
 
@@ -58,18 +57,6 @@ def connect(address: str | None = None) -> bool:
     return not address
 
 
-def end_with_raylet() -> None:
-    """End this process once its node is lost: Ray lets an actor that is at work go on for ever."""
-    raylet = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == raylet:
-            time.sleep(_WATCH_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 class _Bell:
     """Wakes all who listen at the time; for one event loop."""
 
@@ -91,7 +78,7 @@ class BoardActor:
     """The board in a process of its own; what it knows comes back after a restart."""
 
     def __init__(self, plan: LabelPlan) -> None:
-        end_with_raylet()
+        end_with_parent(os.getppid())  # its node: Ray lets an actor at work go on without
         self._board = Board(plan.is_done, _PATIENCE_S)
         self._num_teachers = 0
         self._gone: set[str] = set()
@@ -156,7 +143,7 @@ class TeacherActor:
     """Labels chunks until it is told to end."""
 
     def __init__(self, plan: LabelPlan, threads: int, path: list[str]) -> None:
-        end_with_raylet()
+        end_with_parent(os.getppid())  # its node: Ray lets an actor at work go on without
         sys.path[:] = path  # a network of the user's own lies in the workspace
         os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         import torch

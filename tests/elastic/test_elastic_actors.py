@@ -31,7 +31,7 @@ def plan(tmp_path: Path) -> LabelPlan:
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "end_with_raylet", lambda: None)
+    monkeypatch.setattr(actors, "end_with_parent", lambda _: None)
 
 
 def written(plan: LabelPlan, chunk: Chunk) -> None:
