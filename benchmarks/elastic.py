@@ -38,7 +38,7 @@ import harness
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from workspaces import make_workspace, run_stages
+from workspaces import make_workspace, run_stages, unlabelled
 
 from pbkd.artifacts import Workspace, save_tensors
 from pbkd.config import AugmentConfig, FinetuneConfig
@@ -137,19 +137,8 @@ class Case:
 
     def plan(self, views: int) -> LabelPlan:
         """Views that nobody has labelled."""
-        number = next(self._numbers)
-        return LabelPlan(
-            keys=tuple(f"labels-{number}-{view}" for view in range(views)),
-            teacher=self.workspace.artifacts("teacher"),
-            prepared=self.workspace.prepared,
-            seed=0,
-            top=None,
-            temperature=_CONFIG.temperature,
-            store=self.workspace.store.root,
-            folder=self.workspace.state / "labels",
-            num_images=self.num_images,
-            chunk=_CHUNK,
-        )
+        name = f"labels-{next(self._numbers)}"
+        return unlabelled(self.workspace, name, views, self.num_images, _CHUNK)
 
     def epochs(self, loss: Loss, train: Stream) -> Callable[[], float]:
         """A function that trains a student for one more epoch and returns its seconds."""

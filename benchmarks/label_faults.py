@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from kept import Keep
-from workspaces import make_workspace, run_stages
+from workspaces import make_workspace, run_stages, unlabelled
 
 from pbkd.data import Stream
 from pbkd.elastic import pool as pools
@@ -123,19 +124,8 @@ class _Case:
 
     def plan(self, epochs: int) -> LabelPlan:
         """Views that nobody has labelled."""
-        number = next(self._numbers)
-        return LabelPlan(
-            keys=tuple(f"faults-{number}-{view}" for view in range(epochs)),
-            teacher=self.workspace.artifacts("teacher"),
-            prepared=self.workspace.prepared,
-            seed=0,
-            top=None,
-            temperature=4.0,
-            store=self.workspace.store.root,
-            folder=self.workspace.state / "labels",
-            num_images=len(self.split),
-            chunk=_CHUNK,
-        )
+        name = f"faults-{next(self._numbers)}"
+        return unlabelled(self.workspace, name, epochs, len(self.split), _CHUNK)
 
 
 class _Reader:
@@ -197,9 +187,14 @@ def label_faults(times: int, keep: Keep) -> dict[str, Outcome]:
             return _Case(Path(folder)), stack.enter_context(Cluster(_NUM_NODES))
 
         for name, fault in ({"none": _nothing} | _FAULTS).items():
-            found = keep(name, lambda fault=fault: vars(_run(*case(), fault, times)))  # type: ignore[misc]
-            outcomes[name] = Outcome(**found)
+            outcomes[name] = Outcome(**keep(name, partial(_measured, case, fault, times)))
     return outcomes
+
+
+def _measured(
+    case: Callable[[], tuple[_Case, Cluster]], fault: Callable[[_Reader], bool], times: int
+) -> dict[str, Any]:
+    return vars(_run(*case(), fault, times))
 
 
 def node_joins() -> dict[str, float]:
@@ -267,10 +262,6 @@ def _nothing(_: _Reader) -> bool:
     return False
 
 
-def _pids(reader: _Reader) -> list[int]:
-    return _living(reader.pool)
-
-
 def _living(pool: TeacherPool) -> list[int]:
     """Processes of the teachers that are there; the pool may not have heard of a lost one yet."""
     pids = [place[1] for place in pool.places().values() if place is not None]
@@ -284,22 +275,22 @@ def _send(pids: list[int], number: signal.Signals) -> None:
 
 
 def _teacher(reader: _Reader) -> bool:
-    _send(_pids(reader)[:1], signal.SIGKILL)
+    _send(_living(reader.pool)[:1], signal.SIGKILL)
     return False
 
 
 def _all_teachers(reader: _Reader) -> bool:
-    _send(_pids(reader), signal.SIGKILL)
+    _send(_living(reader.pool), signal.SIGKILL)
     return False
 
 
 def _raylet(reader: _Reader) -> bool:
-    reader.cluster.lose_node_of(lambda: _pids(reader))
+    reader.cluster.lose_node_of(lambda: _living(reader.pool))
     return False
 
 
 def _stopped(reader: _Reader) -> bool:
-    pids = _pids(reader)[:1]
+    pids = _living(reader.pool)[:1]
     _send(pids, signal.SIGSTOP)
     threading.Timer(_STOPPED_S, _send, [pids, signal.SIGCONT]).start()
     return False
@@ -307,7 +298,7 @@ def _stopped(reader: _Reader) -> bool:
 
 def _slow(reader: _Reader) -> bool:
     """Stop a teacher for nine tenths of the time, until it has to do with the next epoch."""
-    pids, view = _pids(reader)[:1], reader.labels._view
+    pids, view = _living(reader.pool)[:1], reader.labels._view
 
     def slow_down() -> None:
         while reader.labels._view == view and psutil.pid_exists(pids[0]):

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 from kept import Keep
@@ -77,9 +78,14 @@ def run_faults(times: int, keep: Keep) -> dict[str, Outcome]:
             ("SIGKILL of the flow in mid-block", blocks, _kill_flow),
             ("SIGKILL of a student in mid-epoch", students, _kill_worker),
         ):
-            found = keep(name, lambda case=case, kill=kill: vars(case().faults(times, kill)))  # type: ignore[misc]
-            outcomes[name] = Outcome(**found)
+            outcomes[name] = Outcome(**keep(name, partial(_measured, case, kill, times)))
     return outcomes
+
+
+def _measured(
+    case: Callable[[], _Case], kill: Callable[[psutil.Process], None], times: int
+) -> dict[str, Any]:
+    return vars(case().faults(times, kill))
 
 
 class _Case:
@@ -144,9 +150,7 @@ class _Case:
 
 
 def _kill_worker(flow: psutil.Process) -> None:
-    for worker in _workers(flow):
-        worker.kill()
-        return
+    next(_workers(flow)).kill()
 
 
 def _kill_flow(flow: psutil.Process) -> None:

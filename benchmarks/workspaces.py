@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
-from pbkd.config import Params
+from pbkd.config import FinetuneConfig, Params
+from pbkd.elastic.label_plan import LabelPlan
 from pbkd.stages import STAGES, StageContext, run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,24 @@ def run_stages(workspace: Workspace, *names: str) -> None:
     """Run some stages in this process."""
     for name in names:
         run_stage(name, StageContext.load(workspace))
+
+
+def unlabelled(
+    workspace: Workspace, name: str, views: int, num_images: int, chunk: int
+) -> LabelPlan:
+    """What elastic teachers are to label, under keys of its own."""
+    return LabelPlan(
+        keys=tuple(f"{name}-{view}" for view in range(views)),
+        teacher=workspace.artifacts("teacher"),
+        prepared=workspace.prepared,
+        seed=0,
+        top=None,
+        temperature=FinetuneConfig().temperature,
+        store=workspace.store.root,
+        folder=workspace.state / "labels",
+        num_images=num_images,
+        chunk=chunk,
+    )
 
 
 def kept_workspace(folder: Path, changes: Mapping[str, Mapping[str, Any]], seed: int) -> Workspace:
