@@ -42,6 +42,15 @@ def test_convolutions_are_int8_and_a_small_last_layer_is_not(files):
     assert types[last.input[1]] == onnx.TensorProto.FLOAT
 
 
+def test_no_pair_of_products_overflows_16_bits(files):
+    import onnx
+
+    for tensor in onnx.load(files.int8).graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            weight = onnx.numpy_helper.to_array(tensor).astype(int)
+            assert 2 * 255 * abs(weight).max() < 2**15, tensor.name
+
+
 def test_batch_norm_is_folded(vgg):
     import onnx
 
