@@ -1,8 +1,8 @@
 """ONNX files in int8: weights and activations, by onnxruntime's static quantization.
 
 Activations have 8 bits without sign, their ranges are those seen on calibration images. Weights
-have a scale per output channel and take 7 of int8's bits: x86 without VNNI adds pairs of products in
-16 bits, which 8 bits overflow, and the same file would answer worse there. Batch norm is folded
+have a scale per output channel and take 7 of int8's bits: x86 without VNNI adds pairs of products
+in 16 bits, which 8 bits overflow, and the same file would answer worse there. Batch norm is folded
 into the convolutions first. The layer that gives the logits stays in float32 where it is small: it
 costs no time, and the logits are several times closer. So does a batch norm that no convolution
 takes up. Depthwise convolutions are int8 like others: in float32 they are slower. docs/export.md
