@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pbkd.artifacts import Workspace
+from pbkd.artifacts import Workspace, read_json, write_json
 from pbkd.models import ModelCard, read_card
 from pbkd.report import REGISTERED, read_measured, read_metrics
 from pbkd.stages import StageContext, run_stage
@@ -34,7 +34,7 @@ def register(workspace: Workspace) -> Registered:
 
 @pytest.fixture(scope="module")
 def workspace(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A registered workspace; its champion may lose any accuracy."""
+    """A registered workspace; its champion may lose any accuracy, its student lacked labels."""
     root = tmp_path_factory.mktemp("registered") / "workspace"
     shutil.copytree(_finished, root)
     shutil.rmtree(root / "data")  # not among the stage's dependencies
@@ -42,6 +42,8 @@ def workspace(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Work
     relaxed = params.replace("name: tiny", "name: tiny, max_accuracy_drop: 1.0")
     (root / "params.yaml").write_text(relaxed)
     workspace = Workspace(root, root / ".pbkd")
+    record = workspace.artifacts("finetune") / "half" / "finetune.json"
+    write_json(record, read_json(record) | {"num_lacking": 7})
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         register(workspace)
@@ -117,6 +119,7 @@ def test_the_pipeline_run_shows_figures_and_series_under_names_of_their_own(work
     assert run.data.metrics["teacher/val_accuracy"] == metrics.teacher.val_accuracy
     student = metrics.students["half"]
     assert run.data.metrics["half/test_accuracy"] == student.test_accuracy
+    assert run.data.metrics["finetune/half/images_without_soft_label"] == 7
     assert len(client.get_metric_history(run.info.run_id, "teacher/val_accuracy")) == 1
     assert len(client.get_metric_history(run.info.run_id, "teacher/training/val_accuracy")) == 3
     assert run.info.status == "FINISHED"
