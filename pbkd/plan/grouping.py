@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pbkd.plan.line import Levels, Line, holds_cut, holds_sides
 
@@ -31,8 +31,7 @@ _OVER_CAP = 1e3
 """How much more a second counts that a single trainee is above the cap."""
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """One job: trainees ``first`` to ``end - 1``; ``start`` is a block's index or FROM_IMAGES."""
 
     first: int
@@ -186,28 +185,30 @@ class _Window:
     def __init__(self, terms: Sequence[float], cap_s: float) -> None:
         self.terms = terms
         self.cap_s = cap_s
-        self.queue: deque[tuple[int, float]] = deque()
+        self.queue: deque[tuple[int, float, float]] = deque()  # beginning, its term, its key
 
     def clear(self) -> None:
         self.queue.clear()
 
     def push(self, first: int, before: float) -> None:
         """Add a beginning; ``before`` is the cost of all jobs before it."""
-        key = before + self.terms[first]
+        term = self.terms[first]
+        key = before + term
         queue = self.queue
-        while queue and queue[-1][1] > key:
+        while queue and queue[-1][2] > key:
             queue.pop()
-        queue.append((first, key))
+        queue.append((first, term, key))
 
     def best(self, end_term: float, lowest: int) -> tuple[float, int]:
         """Least cost up to an end, and the beginning of its last job."""
-        queue, terms = self.queue, self.terms
+        queue = self.queue
         room = self.cap_s - end_term
-        while len(queue) > 1 and (queue[0][0] < lowest or terms[queue[0][0]] > room):
+        first, term, key = queue[0]
+        while (first < lowest or term > room) and len(queue) > 1:
             queue.popleft()
-        first, key = queue[0]
-        over = max(0.0, terms[first] - room)
-        return key + end_term + _OVER_CAP * over, first
+            first, term, key = queue[0]
+        total = key + end_term
+        return (total + _OVER_CAP * (term - room) if term > room else total), first
 
 
 def _best_starts(line: Line, levels: Levels, may_read: bool) -> tuple[list[float], list[int]]:
