@@ -27,12 +27,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import harness
+from programs import BIN, environment_of
 from workspaces import make_workspace
 
 from flows.server import answers
 from pbkd.stages import STAGES
 
-BIN = Path(sys.executable).parent
 LONG_RUN_S = 120.0
 PARAMS = {
     "prepare": {"image_size": 8},
@@ -75,29 +75,17 @@ def main() -> None:
 
 def seconds(folder: Path, command: list[str], extra: dict[str, str]) -> float:
     """Wall time of a command in a fresh workspace."""
-    place = folder / "workspace"
-    workspace = make_workspace(place, PARAMS)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PREFECT_", "MLFLOW_", "PBKD_", "DVC_"))
-    }
-    environment |= {
-        "PATH": f"{BIN}{os.pathsep}{environment.get('PATH', '')}",
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PBKD_WORKERS": "1",
-        "PBKD_LOCK_DIR": str(folder / "locks"),
-    }
+    root = make_workspace(folder / "workspace", PARAMS).root
+    one_worker = {"PBKD_WORKERS": "1", "PREFECT_HOME": str(folder / "prefect")}
+    environment = environment_of(root) | one_worker | extra
     log = folder / "log.txt"
     start = time.perf_counter()
     with log.open("w") as output:
-        done = subprocess.run(
-            command, cwd=workspace.root, env=environment | extra, stdout=output, stderr=output
-        )
+        done = subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=output)
     duration_s = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{' '.join(command)[:80]} failed:\n{log.read_text()[-3000:]}")
-    shutil.rmtree(place)
+    shutil.rmtree(root)
     return duration_s
 
 
