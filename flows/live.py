@@ -61,6 +61,7 @@ class LiveDisplay:
         self._handlers: list[logging.Handler] = []
         self._before: dict[int, Any] = {}
         self._live: Live | None = None
+        self._stopping: threading.Thread | None = None
         self._compatible: str | None = None
 
     def __enter__(self) -> Self:
@@ -92,6 +93,8 @@ class LiveDisplay:
         trace: TracebackType | None,
     ) -> None:
         self._stop(keep=error is not None)
+        if self._stopping is not None:  # what it waited for may be let go only now
+            self._stopping.join(_PATIENCE_S)
         for number, before in self._before.items():
             if signal.getsignal(number) == self._on_signal:  # somebody may have set another
                 signal.signal(number, before)
@@ -129,9 +132,9 @@ class LiveDisplay:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # not here: the line below this handler may hold what the redrawing thread waits for
-        stopping = threading.Thread(target=self._stop, kwargs={"keep": True}, daemon=True)
-        stopping.start()
-        stopping.join(_PATIENCE_S)
+        self._stopping = threading.Thread(target=self._stop, kwargs={"keep": True}, daemon=True)
+        self._stopping.start()
+        self._stopping.join(_PATIENCE_S)
         before = self._before[number]
         if callable(before):
             before(number, frame)
