@@ -12,7 +12,7 @@ class Timed(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
-    def threads(self) -> int: ...
+    def median_ms(self) -> float: ...
     @property
     def device(self) -> str: ...
     @property
@@ -23,8 +23,8 @@ T = TypeVar("T", bound=Timed)
 
 
 def headline(entries: Iterable[T]) -> tuple[T, ...]:
-    """PyTorch's latency by batch size: on the GPU where it was measured there, else with the most
-    threads. Batch sizes are in the order in which they come."""
+    """PyTorch's latency by batch size: on the GPU where it was measured there, else with the number
+    of threads that was fastest. Batch sizes are in the order in which they come."""
     chosen: dict[int, T] = {}
     for entry in entries:
         if entry.runtime != "pytorch":
@@ -35,5 +35,5 @@ def headline(entries: Iterable[T]) -> tuple[T, ...]:
     return tuple(chosen.values())
 
 
-def _rank(entry: Timed) -> tuple[bool, int]:
-    return entry.device != "cpu", entry.threads
+def _rank(entry: Timed) -> tuple[bool, float]:
+    return entry.device != "cpu", -entry.median_ms

@@ -290,7 +290,7 @@ class Measured(_Record):
 
     @property
     def headline(self) -> dict[str, tuple[LatencyFigures, ...]]:
-        """Model to PyTorch's latency by batch size: on the GPU, else with the most threads."""
+        """Model to PyTorch's latency by batch size: on the GPU, else at its fastest."""
         return {name: headline(entries) for name, entries in self.latency.items()}
 
     def latency_after(self, student: str, step: int) -> tuple[LatencyFigures, ...]:

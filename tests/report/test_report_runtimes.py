@@ -90,7 +90,7 @@ def test_one_runtime_at_one_number_of_threads_needs_no_table():
     assert export_sentence(measured) == ""
 
 
-def test_the_headline_is_pytorchs_with_most_threads_or_on_the_gpu():
+def test_the_headline_is_pytorchs_fastest_or_on_the_gpu():
     metrics, measured = measured_with(1)
     assert [(e.runtime, e.threads) for e in measured.headline["half"]] == [("pytorch", 2)]
     assert "2.00x faster at batch 1," in summary_sentence(metrics, measured)
@@ -100,6 +100,8 @@ def test_the_headline_is_pytorchs_with_most_threads_or_on_the_gpu():
     assert headline([*entries, gpu, large]) == (gpu, large)
     assert headline([gpu, *entries]) == (gpu,)
     assert headline(entries[1:3]) == ()
+    waiting = LatencyFigures.model_validate(entry(1, 2, "pytorch", 300))  # for a busy core
+    assert headline([entries[0], waiting]) == (entries[0],)
 
 
 def test_older_files_are_pytorchs():
