@@ -47,16 +47,28 @@ def start(
         )  # fmt: skip
 
 
-def wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(root: Path, process: subprocess.Popen[bytes], longest_s: float = LONGEST_S) -> None:
     """Wait for a program's good end."""
-    if process.wait(LONGEST_S):
+    code: int | str
+    try:
+        code = process.wait(longest_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        code = f"not within {longest_s:.0f} s"
+    if code:
         log = (root / "log.txt").read_text()
-        sys.exit(f"{process.args} in {root} failed:\n{log[-3000:]}")
+        sys.exit(f"{process.args} in {root} failed ({code}):\n{log[-3000:]}")
 
 
-def run(root: Path, command: str, procs: Path | None = None, **environment: str) -> None:
+def run(
+    root: Path,
+    command: str,
+    procs: Path | None = None,
+    longest_s: float = LONGEST_S,
+    **environment: str,
+) -> None:
     """Run a program to its good end; arguments as above."""
-    wait_for(root, start(root, command, procs, **environment))
+    wait_for(root, start(root, command, procs, **environment), longest_s)
 
 
 def output_of(root: Path, command: str) -> str:
