@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,25 +43,36 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="[default: 50; 4 with --quick]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=1e9, help="then no further run begins")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     options = parser.parse_args()
     num_runs = options.runs or (4 if options.quick else 50)
     random = np.random.default_rng(options.seed)
     before = set(SHARED_MEMORY.iterdir())
-    outcomes: list[dict[str, object]] = []
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        ThreadPoolExecutor(options.at_once) as threads,
+    ):
         folder = Path(temporary)
-        references = {name: undisturbed(folder / name, name) for name in COMMANDS}
+        found = threads.map(lambda name: undisturbed(folder / name, name), COMMANDS)
+        references = dict(zip(COMMANDS, found, strict=True))
+        print({name: f"{seconds:.0f} s" for name, (_, seconds) in references.items()}, flush=True)
         expected = references["flow"][0]
-        for number in range(num_runs):
-            if outcomes and time.perf_counter() - began > options.limit_s:
-                break
-            driver = str(random.choice(list(COMMANDS)))
-            victim = str(random.choice(VICTIMS))
-            after_s = float(random.uniform(0.05, 1.0)) * references[driver][1]
-            place = folder / f"run-{number}"
-            outcomes.append(disturbed(place, driver, victim, after_s, expected))
-            print(number, outcomes[-1], flush=True)
+        draws = [
+            (str(random.choice(list(COMMANDS))), str(random.choice(VICTIMS)), random.uniform(0.05))
+            for _ in range(num_runs)
+        ]
+
+        def one(number: int) -> dict[str, object] | None:
+            if time.perf_counter() - began > options.limit_s:
+                return None
+            driver, victim, share = draws[number]
+            after_s = share * references[driver][1]
+            outcome = disturbed(folder / f"run-{number}", driver, victim, after_s, expected)
+            print(number, outcome, flush=True)
+            return outcome
+
+        outcomes = [outcome for outcome in threads.map(one, range(num_runs)) if outcome]
     report(outcomes, options.seed, len(set(SHARED_MEMORY.iterdir()) - before))
 
 

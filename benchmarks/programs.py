@@ -43,7 +43,7 @@ def start(
             [str(BIN / program), *arguments],
             cwd=root, env=environment_of(root) | environment, stdout=log, stderr=log,
             start_new_session=True,
-            preexec_fn=lambda: procs.write_text(str(os.getpid())) if procs else None,
+            preexec_fn=(lambda: procs.write_text(str(os.getpid()))) if procs else None,
         )  # fmt: skip
 
 
