@@ -7,12 +7,14 @@ Targets: every run right, nothing left, all processes gone 10 s after the kill.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import harness
@@ -43,15 +45,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="[default: 50; 4 with --quick]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=1e9, help="then no further run begins")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, on a core each")
     options = parser.parse_args()
     num_runs = options.runs or (4 if options.quick else 50)
     random = np.random.default_rng(options.seed)
     before = set(SHARED_MEMORY.iterdir())
+    cores = iter(sorted(os.sched_getaffinity(0)) if options.at_once > 1 else ())
+
+    def pin() -> None:
+        if core := {*islice(cores, 1)}:
+            os.sched_setaffinity(0, core)  # of this thread and the processes it starts
+
     began = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as temporary,
-        ThreadPoolExecutor(options.at_once) as threads,
+        ThreadPoolExecutor(options.at_once, initializer=pin) as threads,
     ):
         folder = Path(temporary)
         found = threads.map(lambda name: undisturbed(folder / name, name), COMMANDS)
