@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Many containers set it; every process would then compile all of torch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check docs bench lock clean
 
