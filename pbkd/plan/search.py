@@ -35,7 +35,7 @@ from pbkd.plan.placement import Placement, place_jobs, place_roughly, quick_make
 Allowed = Literal["auto", "cache", "relay"]
 
 _MAX_STEPS = 1_500_000
-"""Trainees that all sweeps of one search pass, one to two seconds; a third for long lines."""
+"""Trainees that all sweeps of one search pass, one to two seconds; a fifth for long lines."""
 
 _LARGE = 2_000
 """Trainees above which fewer caps are tried and one candidate is placed with care."""
@@ -118,7 +118,7 @@ class Search:
         self.total_speed = sum(speeds)
         self.allowed: Allowed = allowed
         self.steps = 0
-        self.max_steps = _MAX_STEPS // 3 if line.size > _LARGE else _MAX_STEPS
+        self.max_steps = _MAX_STEPS // 5 if line.size > _LARGE else _MAX_STEPS
         self.found: dict[tuple[Group, ...], Candidate] = {}
         self._seen: set[Levels] = set()
 
