@@ -67,7 +67,11 @@ def main() -> None:
         print({name: f"{seconds:.0f} s" for name, (_, seconds) in references.items()}, flush=True)
         expected = references["flow"][0]
         draws = [
-            (str(random.choice(list(COMMANDS))), str(random.choice(VICTIMS)), random.uniform(0.05))
+            (
+                str(random.choice(list(COMMANDS))),
+                str(random.choice(VICTIMS)),
+                random.uniform(0.05, 1),
+            )
             for _ in range(num_runs)
         ]
 
