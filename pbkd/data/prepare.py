@@ -26,6 +26,7 @@ from pbkd.errors import ArtifactError, DataError
 from pbkd.seeding import derive_seed
 
 _PIECE = 1024  # images that are in memory at a time
+_PIXELS = 1 << 22  # that are counted at a time, as integers of 64 bits
 
 
 class PreparedMeta(BaseModel):
@@ -237,8 +238,9 @@ def _mean_and_std(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[f
     """Per channel, pixels in [0, 1], from exact sums; a constant channel counts as spread 1."""
     num_channels = images.shape[1]
     counts = np.zeros((num_channels, 256), np.int64)
-    for start in range(0, len(images), _PIECE):
-        piece = images[start : start + _PIECE]
+    rows = max(1, _PIXELS // images[0, 0].size)
+    for start in range(0, len(images), rows):
+        piece = images[start : start + rows]
         for channel in range(num_channels):
             counts[channel] += np.bincount(piece[:, channel].ravel(), minlength=256)
     values = np.arange(256) / 255
