@@ -9,6 +9,7 @@ does all of that itself, and the gate does nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -266,17 +267,23 @@ def _repo(stage: str, workspace: Workspace) -> Iterator[Any]:
         from dvc.exceptions import DvcException
         from dvc.lock import LockError
         from dvc.repo import Repo
+        from dvc.utils.serialize import ParseError
 
         try:
             root = str(workspace.root)
             with Repo(root) as repo, _repo_lock(repo), repo.scm_context(quiet=True):
+                _write_whole_files(repo.fs)
+                _mend_rwlock(Path(repo.tmp_dir) / "rwlock")
                 yield repo
         except LockError as error:
             raise WorkspaceBusyError(f"stage {stage}: {error}") from error
         except (BadParamFileError, MissingParamsError) as error:
             raise ConfigError(f"stage {stage}: {error}; add them, or correct dvc.yaml") from error
         except DvcException as error:
-            raise ArtifactError(f"stage {stage}: {error}; see dvc.yaml and dvc status") from error
+            hint = "see dvc.yaml and dvc status"
+            if isinstance(error, ParseError) and error.path.endswith("dvc.lock"):
+                hint = "take it from git, or delete it: finished blocks are not trained again"
+            raise ArtifactError(f"stage {stage}: {error}; {hint}") from error
 
 
 @contextmanager
@@ -295,6 +302,38 @@ def _repo_lock(repo: Any) -> Iterator[None]:
         yield
     finally:
         repo.lock.unlock()
+
+
+def _write_whole_files(fs: Any) -> None:
+    """Let DVC's file system replace dvc.lock and the rwlock in one step.
+
+    It truncates them and writes: a signal in between would leave half a file.
+    """
+    in_place = fs.open
+
+    @contextmanager
+    def replaced(path: str, mode: str, **options: Any) -> Iterator[Any]:
+        with (
+            atomic_path(Path(path).resolve()) as temporary,
+            in_place(str(temporary), mode, **options) as file,
+        ):
+            yield file
+
+    def opened(path: str, mode: str = "r", **options: Any) -> Any:
+        return (replaced if mode in {"w", "w+"} else in_place)(path, mode, **options)
+
+    fs.open = opened
+
+
+def _mend_rwlock(path: Path) -> None:
+    """Remove DVC's rwlock where a kill of DVC cut it off; whoever writes it holds DVC's lock."""
+    try:
+        json.loads(path.read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        logger.warning("%s was cut off when DVC was killed; it is made anew", path)
+        path.unlink()
 
 
 def _rwlock(repo: Any, loaded: Any) -> Any:

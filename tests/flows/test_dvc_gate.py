@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
@@ -31,6 +32,7 @@ STAGES = ["prepare", "train", "report"]
 BODY = """
 import os, sys, yaml
 from pathlib import Path
+from typing import TextIO
 
 FILES = {
     "prepare": ("raw.txt", ["data/prepared/rows.txt"]),
@@ -376,6 +378,62 @@ def test_a_body_that_raises_commits_nothing_and_frees_the_lock(done: Project) ->
     assert done.run("train").up_to_date
 
 
+@pytest.mark.parametrize("content", ["", '{"write": {"/some/wh'])
+def test_a_lock_that_a_kill_of_dvc_cut_off_is_made_anew(
+    done: Project, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (done.root / ".dvc" / "tmp" / "rwlock").write_text(content)
+    assert done.run("train").up_to_date
+    assert "rwlock was cut off" in caplog.text
+    assert not any(done.rwlock().values())
+    done.assert_repro_runs_nothing()
+
+
+def test_a_broken_lock_file_says_what_to_do(done: Project) -> None:
+    (done.root / "dvc.lock").write_text("stages: {")
+    with pytest.raises(ArtifactError, match=r"dvc\.lock.* take it from git, or delete it"):
+        done.run("train")
+
+
+def test_an_interrupted_write_of_the_lock_leaves_the_old_one(
+    done: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done.set_param("train", width=5)
+
+    def write_a_half(value: object, file: TextIO) -> None:
+        file.write("{")
+        file.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvc.rwlock.json.dump", write_a_half)
+        with pytest.raises(KeyboardInterrupt):
+            done.run("train")
+    assert isinstance(done.rwlock(), dict)
+    assert not done.run("train").up_to_date
+    assert not list((done.root / ".dvc" / "tmp").glob("*.tmp"))
+
+
+def test_an_interrupted_write_of_dvcs_lock_file_leaves_the_old_one(
+    done: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done.set_param("train", width=5)
+    before = done.locked()
+
+    def write_a_half(data: object, stream: TextIO) -> None:
+        stream.write("schema: '2.0'\nstages: {")
+        stream.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvc.utils.serialize._yaml._dump", write_a_half)
+        with pytest.raises(KeyboardInterrupt):
+            done.run("train")
+    assert done.locked() == before
+    assert not done.run("train").up_to_date
+    done.assert_repro_runs_nothing()
+
+
 def test_a_missing_output_is_an_error(done: Project) -> None:
     done.set_param("report", title="other")
     before = done.locked()
@@ -593,6 +651,7 @@ def test_dvc_is_quiet_and_leaves_the_process_as_it_was(
     script = f"""
 import logging, runpy, sys
 from pathlib import Path
+from typing import TextIO
 from flows.dvc_gate import gate
 from pbkd.artifacts import Workspace
 
