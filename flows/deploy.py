@@ -21,7 +21,12 @@ _POOL_TYPE = "process"
 
 
 def deploy(
-    workspace: Workspace, pool: str, name: str, cron: str | None, timezone: str | None
+    workspace: Workspace,
+    pool: str,
+    name: str,
+    cron: str | None,
+    timezone: str | None,
+    wait: bool,
 ) -> str:
     """Make, or renew, work pool and deployment.
 
@@ -32,6 +37,7 @@ def deploy(
         pool: of processes; made where it is missing.
         cron: when to run by itself; None: never.
         timezone: of ``cron``, such as Europe/Berlin; None: UTC.
+        wait: for a run that holds the workspace, instead of failing.
 
     Returns:
         ``compress/NAME``, for ``prefect deployment run``.
@@ -42,7 +48,7 @@ def deploy(
     """
     try:
         asyncio.run(_make_pool(pool))
-        _deployment(workspace, pool, name, cron, timezone)
+        _deployment(workspace, pool, name, cron, timezone, wait)
     except PrefectHTTPStatusError as error:
         raise PbkdError(f"Prefect does not take the deployment: {error}") from None
     return f"{compress.name}/{name}"
@@ -62,7 +68,12 @@ async def _make_pool(name: str) -> None:
 
 
 def _deployment(
-    workspace: Workspace, pool: str, name: str, cron: str | None, timezone: str | None
+    workspace: Workspace,
+    pool: str,
+    name: str,
+    cron: str | None,
+    timezone: str | None,
+    wait: bool,
 ) -> UUID:
     when: dict[str, Any] = {}
     if cron is not None:
@@ -73,7 +84,12 @@ def _deployment(
         description=f"Compresses the teacher of `{workspace.root}`; what is up to date is skipped.",
         version=__version__,
         tags=["pbkd"],
-        parameters={"root": str(workspace.root), "state": str(workspace.state), "overrides": {}},
+        parameters={
+            "root": str(workspace.root),
+            "state": str(workspace.state),
+            "overrides": {},
+            "if_busy": "wait" if wait else "fail",
+        },
         work_pool_name=pool,
         # there a network of the user's own is found, as it is by `pbkd run`
         job_variables={"working_dir": str(workspace.root)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -122,6 +123,14 @@ def test_other_errors_of_ours_give_1_and_no_traceback(workspace, monkeypatch, ca
     error = capsys.readouterr().err
     assert "run: pbkd stitch" in error
     assert "Traceback" not in error
+
+
+def test_global_options_may_stand_behind_the_command(workspace, monkeypatch, capsys):
+    shutil.rmtree(workspace.artifacts("stitch"))
+    assert exit_code(monkeypatch, "finetune", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert exit_code(monkeypatch, "finetune", "-q") == 1
+    assert logging.getLogger("pbkd").level == logging.WARNING
 
 
 def test_debug_shows_the_traceback(workspace, monkeypatch, capsys):

@@ -273,3 +273,11 @@ def test_a_limit_is_a_share_or_a_figure(figure, text, value, is_share) -> None:
     limit = parse_limit(text, figure)
     assert (limit.value, limit.is_share) == (pytest.approx(value), is_share)
     assert limit.of(1000) == pytest.approx(1000 * value if is_share else value)
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("prune", 4), ("low_rank", 2), ("quantize", 1)])
+def test_a_tune_of_some_keys_has_the_steps_own_epochs(method: str, epochs: int) -> None:
+    settings = {"prune": {"sparsity": 0.5}, "low_rank": {"ratio": 0.5}, "quantize": {}}[method]
+    step = {"method": method, **settings, "tune": {"lr": 0.5}}
+    (step,) = Params.model_validate({"shrink": {"recipe": [step]}}).shrink.recipe
+    assert (step.tune.epochs, step.tune.lr) == (epochs, 0.5)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
 from pbkd._version import __version__
 from pbkd.allocator import keep_freed_memory
@@ -19,9 +20,21 @@ from pbkd.redaction import without_secrets
 _EXIT_ERROR = 1
 _EXIT_USAGE = 2
 _EXIT_BUG = 70
+_ANYWHERE = ("--debug", "--quiet", "-q")
+
+
+class _Root(TyperGroup):
+    """Takes the global options behind a command, too, where people type them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move them to the front."""
+        ours = [word for word in args if word in _ANYWHERE]
+        return super().parse_args(ctx, ours + [word for word in args if word not in _ANYWHERE])
+
 
 app = typer.Typer(
     name="pbkd",
+    cls=_Root,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

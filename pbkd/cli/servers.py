@@ -61,6 +61,9 @@ def deploy(
     cron: Annotated[str | None, typer.Option(help='Run by itself, like "0 2 * * *".')] = None,
     timezone: Annotated[str | None, typer.Option(help="Of --cron. [default: UTC]")] = None,
     name: Annotated[str | None, typer.Option(help="[default: the workspace's folder]")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="For a run that holds the workspace, instead of failing.")
+    ] = False,
 ) -> None:
     """Make this workspace a deployment in Prefect: runs by schedule, from its pages, or by command.
 
@@ -73,7 +76,7 @@ def deploy(
     _check_prefect_is_named()
     from flows.deploy import deploy as make
 
-    full = make(workspace, pool, name or deployment_name(workspace), cron, timezone)
+    full = make(workspace, pool, name or deployment_name(workspace), cron, timezone, wait)
     when = f"by itself at `{cron}` ({timezone or 'UTC'})" if cron else "when it is told to"
     print(f"{full} runs {when}, by a worker of pool {pool}")
     print(f"run it now:      prefect deployment run {full}")

@@ -174,13 +174,15 @@ class ActivationsConfig(Section):
     source: Literal["auto", "cache", "relay"] = Field(
         "auto",
         description="cache: written to disk once; relay: one teacher pass per step feeds all "
-        "blocks of a job; auto: cache if it fits into `max_cache_gb`",
+        "blocks of a job; auto: measured, the fastest plan, mixtures too, whose cache fits",
     )
     views: int = Field(2, ge=1, description="augmented versions of each image, used in turn")
     dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="both sources round to this"
     )
-    chunk: int = Field(512, ge=1, description="images per shard; shuffling keeps chunks together")
+    chunk: int = Field(
+        512, ge=1, description="images that stay together when the order is shuffled"
+    )
     max_cache_gb: float = Field(4.0, ge=0, description="limit of `auto` for the cache, 1e9 bytes")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pbkd.config.budgets import LatencyLimit, MacsLimit
 from pbkd.config.distillation import DistillationConfig
@@ -17,6 +17,15 @@ class TuneConfig(DistillationConfig):
 
     epochs: int = Field(1, ge=0, description="passes over the training split; 0: none")
     lr: float = Field(0.01, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
+
+
+def _epochs_unless_given(epochs: int) -> BeforeValidator:
+    """A step's own default holds also where other keys of its `tune` are given."""
+
+    def fill(tune: Any) -> Any:
+        return {"epochs": epochs} | tune if isinstance(tune, dict) else tune
+
+    return BeforeValidator(fill)
 
 
 class PruneStep(Section):
@@ -34,7 +43,7 @@ class PruneStep(Section):
         "magnitudes that compare across layers; or each layer loses the same share",
     )
     ramp: Fraction = Field(0.5, description="share of the epochs in which the share rises")
-    tune: TuneConfig = TuneConfig(epochs=4)
+    tune: Annotated[TuneConfig, _epochs_unless_given(4)] = TuneConfig(epochs=4)
 
 
 class PruneChannelsStep(Section):
@@ -54,7 +63,7 @@ class PruneChannelsStep(Section):
     scope: Literal["global", "layer"] = Field(
         "global", description="channels compete across layers, or each layer loses the same share"
     )
-    tune: TuneConfig = TuneConfig(epochs=4)
+    tune: Annotated[TuneConfig, _epochs_unless_given(4)] = TuneConfig(epochs=4)
 
     @model_validator(mode="after")
     def _one_limit(self) -> PruneChannelsStep:
@@ -76,7 +85,7 @@ class LowRankStep(Section):
     energy: float | None = Field(
         None, gt=0, lt=1, description="share of the squared singular values that the rank keeps"
     )
-    tune: TuneConfig = TuneConfig(epochs=2)
+    tune: Annotated[TuneConfig, _epochs_unless_given(2)] = TuneConfig(epochs=2)
 
     @model_validator(mode="after")
     def _one_rule(self) -> LowRankStep:

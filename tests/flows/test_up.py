@@ -135,8 +135,11 @@ def test_a_deployment_names_module_workspace_and_schedule(project: Project) -> N
     assert set(properties) == {"root", "state", "overrides", "if_busy"}
     assert all(entry["description"] for entry in properties.values())
     assert properties["if_busy"]["enum"] == ["fail", "wait"]
-    project.run("pbkd", "deploy", "--pool", "gpu", "--name", "here")  # renewed, not doubled
-    assert deployment(project, "compress/here")["schedules"] == []
+    assert found["parameters"]["if_busy"] == "fail"
+    project.run("pbkd", "deploy", "--pool", "gpu", "--name", "here", "--wait")  # renewed
+    found = deployment(project, "compress/here")
+    assert found["schedules"] == []
+    assert found["parameters"]["if_busy"] == "wait"
 
 
 def test_what_is_wrong_with_a_deployment_is_told(project: Project) -> None:
