@@ -33,6 +33,7 @@ def up(
     """
     use_quiet_prefect()
     from flows.up import running, services_of, watch
+    from pbkd.tracking import prepare_store
 
     workspace = this_workspace()
     services, addresses = services_of(workspace, pool, host, prefect_port, mlflow_port)
@@ -41,6 +42,7 @@ def up(
     names = ", ".join(service.name for service in services)
     print(f"starting {names}; this takes half a minute", flush=True)
     try:
+        prepare_store(workspace)
         with running(services):
             print(f"Prefect:  {without_secrets(addresses.prefect)}")
             print(f"MLflow:   {without_secrets(addresses.mlflow)}")

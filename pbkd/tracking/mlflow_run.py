@@ -21,6 +21,7 @@ from pbkd.config import Params
 from pbkd.errors import MissingExtraError, TrackingError
 from pbkd.redaction import without_secrets
 from pbkd.tracking.lineage import commit_of
+from pbkd.tracking.local_store import make_store
 from pbkd.tracking.system_metrics import watch_machine
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,28 @@ _MLFLOW_ENVIRONMENT = {
 
 def tracking_uri(workspace: Workspace) -> str:
     """MLFLOW_TRACKING_URI, else a sqlite file in the state folder."""
-    return os.environ.get(_URI) or f"sqlite:///{workspace.state / 'mlflow.db'}"
+    return os.environ.get(_URI) or f"sqlite:///{_database(workspace)}"
+
+
+def prepare_store(workspace: Workspace) -> None:
+    """Make the sqlite file, if that is the store and it is missing.
+
+    Raises:
+        MissingExtraError: MLflow is not installed.
+    """
+    for name, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not os.environ.get(_URI):
+        try:
+            make_store(_database(workspace), workspace.state / "mlartifacts")
+        except ImportError:
+            raise MissingExtraError("mlflow", "pipeline", "tracking") from None
+
+
+def _database(workspace: Workspace) -> Path:
+    return workspace.state / "mlflow.db"
 
 
 def mlflow_client(workspace: Workspace) -> Any:
@@ -49,16 +71,14 @@ def mlflow_client(workspace: Workspace) -> Any:
         MissingExtraError: MLflow is not installed.
         TrackingError: the store cannot be reached.
     """
-    for name, value in _MLFLOW_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     workspace.state.mkdir(parents=True, exist_ok=True)
+    prepare_store(workspace)
     try:
         import mlflow
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError:
         raise MissingExtraError("mlflow", "pipeline", "tracking") from None
     uri = _with_login_apart(tracking_uri(workspace))
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     given = os.environ.get(_URI)
     mlflow.set_tracking_uri(uri)
     if given is None:  # MLflow sets it; the next workspace must not take it for the user's
@@ -68,6 +88,11 @@ def mlflow_client(workspace: Workspace) -> Any:
         client.search_experiments(max_results=1)
     except (mlflow.exceptions.MlflowException, ImportError) as error:
         raise TrackingError(f"MLflow at {uri} does not answer: {error}") from None
+    except SQLAlchemyError as error:
+        raise TrackingError(
+            f"MLflow cannot use the database {uri}: {getattr(error, 'orig', error)}; if a kill met "
+            "its making, delete it"
+        ) from None
     return client
 
 

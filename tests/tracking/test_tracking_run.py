@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,30 @@ def begin(workspace: Workspace) -> PipelineRun:
 
 def runs_of(run: PipelineRun):
     return run.client.search_runs([run.experiment_id])
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path, tmp_path / ".pbkd")
+
+    def upgrade(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alembic.command.upgrade", upgrade)
+        with pytest.raises(KeyboardInterrupt):
+            mlflow_client(workspace)
+    assert list(workspace.state.iterdir()) == []
+    assert mlflow_client(workspace).search_runs(["0"]) == []
+    assert [path.name for path in workspace.state.iterdir()] == ["mlflow.db"]
+
+
+def test_a_database_that_a_kill_left_half_made_is_told(tmp_path):
+    workspace = Workspace(tmp_path, tmp_path / ".pbkd")
+    workspace.state.mkdir()
+    with closing(sqlite3.connect(workspace.state / "mlflow.db")) as database:
+        database.execute("create table _alembic_tmp_experiment_tags (key text)")
+    with pytest.raises(TrackingError, match=r"already exists; if a kill met its making, delete it"):
+        mlflow_client(workspace)
 
 
 def test_a_driver_has_one_run_however_often_it_asks(workspace):
