@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from pbkd.artifacts import temporary_path
@@ -29,7 +30,8 @@ def make_store(path: Path, artifacts: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         made = folder / f"{uuid4().hex}.db"  # MLflow keeps connections by path
-        SqlAlchemyStore(f"sqlite:///{made}", artifacts.as_uri()).engine.dispose()
+        untyped: Any = SqlAlchemyStore
+        untyped(f"sqlite:///{made}", artifacts.as_uri()).engine.dispose()
         with suppress(FileExistsError):  # somebody else was faster
             os.link(made, path)
     finally:
