@@ -182,6 +182,12 @@ def _explained(
         fits = try_select(lifted, rest, limits) is not None
         instead = "the limits can be kept" if fits else _reachable(lifted, rest, limits)
         text += f"; {_left_out(blocks, allowed, max_damage)}, without it {instead}"
+    outside = {figure: rest.of(figure) or 0.0 for figure in limits}
+    if alone := [_text(f, outside[f]) for f, limit in limits.items() if outside[f] > limit]:
+        return (
+            f"{text}. What lies outside of the blocks has {' and '.join(alone)} alone: raise the "
+            "limits, or take more into blocks, by blocks.select or blocks.paths"
+        )
     return f"{text}. Raise the limits, or add smaller candidates to blocks.candidates"
 
 

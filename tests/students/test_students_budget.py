@@ -94,6 +94,13 @@ def test_it_says_where_a_larger_max_damage_would_do():
         chosen(students={"tiny": {"max_parameters": 310}})
 
 
+def test_a_limit_below_what_no_block_holds_asks_for_other_blocks():
+    with pytest.raises(BudgetError, match="outside of the blocks has 100 parameters alone: raise"):
+        chosen(students={"tiny": {"max_parameters": 99}})
+    with pytest.raises(BudgetError, match="Raise the limits, or add smaller candidates"):
+        chosen(students={"tiny": {"max_parameters": 101}})
+
+
 def test_of_a_mix_the_point_of_the_smallest_common_relaxation_is_named():
     """Parameters alone reach 400, MACs alone 4000; together no choice keeps to 405 and 4050."""
     with pytest.raises(BudgetError) as raised:
