@@ -120,7 +120,7 @@ def memory(root: Path, num_images: int, pixels: int) -> tuple[dict[str, str], li
         "path": str(root.with_name("images")),
         "image_size": pixels,
     }
-    _workspace(root, {"prepare": prepare}, depth=3, stride=32)
+    _workspace(root, {"prepare": prepare}, depth=30, stride=32)
     with _limited(limit_bytes) as group:
         duration_s = _repro(root, group.procs)
         peak_bytes, num_killed = group.peak_bytes(), group.num_killed()

@@ -51,7 +51,7 @@ from pbkd.students import Choice, ChosenStudent
 
 _log = logging.getLogger(__name__)
 
-_ALGORITHM = 2
+_ALGORITHM = 3
 """Raised whenever the same choices and settings would give another model."""
 _STUDENTS = "students"  # the store's kind of items
 _RECORD = "student.json"

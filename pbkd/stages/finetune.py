@@ -42,7 +42,7 @@ __all__ = [
     "start_labels",
 ]
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same settings would give other weights."""
 
 _BASELINE = "baseline-"

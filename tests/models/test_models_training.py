@@ -375,3 +375,14 @@ def test_prediction_is_in_order_in_evaluation_mode_and_keeps_the_mode(training: 
     assert predictions.labels_n.tolist() == [0, 1, 2] * 3 + [0]
     hits = predictions.logits_nk.argmax(1) == predictions.labels_n
     assert predictions.accuracy == pytest.approx(int(hits.sum()) / 10)
+
+
+def test_statistics_of_slow_batch_norms_follow_a_short_training(tmp_path: Path) -> None:
+    """As those of MobileNetV3 (0.01) and MNASNet (0.0003), which average over many steps."""
+    norm = nn.BatchNorm2d(1, momentum=0.0003)
+    model = nn.Sequential(norm, _linear())
+    _fit(model, _learn, tmp_path / "h", epochs=20)  # 60 steps
+    brightness = torch.tensor(_stream()._split.images / 255, dtype=torch.float32).mean().item()
+    assert norm.running_mean is not None
+    assert norm.running_mean.item() == pytest.approx(brightness, rel=0.1)
+    assert norm.momentum == 0.0003
