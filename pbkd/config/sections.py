@@ -310,7 +310,7 @@ class FinetuneConfig(DistillationConfig):
 class EvaluateConfig(Section):
     """What is measured of teacher and students."""
 
-    batch_size: int = Field(256, ge=1, description="images per batch for the accuracy")
+    batch_size: int = Field(256, ge=1, description="images per batch for the accuracy, at most")
     latency_batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 256)
     latency_threads: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(
         (1, None), min_length=1, description="CPU threads of a measurement; null: all cores"

@@ -23,6 +23,8 @@ from pbkd.seeding import make_generator
 
 _SHARE_OF_GPU = 0.25
 _GRAY = 128
+_PASS_PIXELS = 256 * 128 * 128
+"""In a pass without gradients; with a network's first layers they take some hundred MB."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Stream:
     def __len__(self) -> int:
         """Images in the split."""
         return len(self._labels)
+
+    def pass_size(self, at_most: int) -> int:
+        """Images for a pass without gradients: fewer where they are large."""
+        *_, height, width = self._split.images.shape
+        pixels: int = height * width
+        return min(at_most, max(2, _PASS_PIXELS // pixels))
 
     def view_of(self, epoch: int) -> int:
         """The view that an epoch shows."""

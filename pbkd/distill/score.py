@@ -91,7 +91,7 @@ def _logits(
     images_nchw = val.plain(torch.arange(_DRY_IMAGES) % len(val))
     suffixes = Suffixes(teacher, dict.fromkeys(path for path, _ in candidates), images_nchw)
     logits: list[list[Tensor]] = [[] for _ in candidates]
-    for batch in val.in_order(batch_size, num_images):
+    for batch in val.in_order(val.pass_size(batch_size), num_images):
         for start, x in suffixes.inputs(batch.images_nchw):
             for (path, module), found in zip(candidates, logits, strict=True):
                 if suffixes.starts[path] == start:

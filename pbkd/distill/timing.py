@@ -277,12 +277,13 @@ def _seconds(function: Callable[[], object], device: torch.device, *, cold: bool
 
 def score_images(val: Stream, images_nchw: Tensor, teacher: Classifier) -> Tensor:
     """A batch as a score runs it, or the given one where the teacher takes seconds for that."""
-    more = -(-SCORE_BATCH // len(images_nchw))
+    size = val.pass_size(SCORE_BATCH)
+    more = -(-size // len(images_nchw))
     with torch.no_grad():
         time_s = _seconds(lambda: teacher(images_nchw), images_nchw.device)
-    if more == 1 or time_s * more > _SLOW_PASS_S:
+    if more <= 1 or time_s * more > _SLOW_PASS_S:
         return images_nchw
-    return val.plain(torch.arange(SCORE_BATCH) % len(val))
+    return val.plain(torch.arange(size) % len(val))
 
 
 def score_costs(

@@ -71,8 +71,9 @@ def write_labels(
     """
     teacher.eval()
     files: dict[str, NDArray[np.generic]] = {}
-    for start in range(0, len(train), _BATCH):
-        rows = torch.arange(start, min(start + _BATCH, len(train)))
+    size = train.pass_size(_BATCH)
+    for start in range(0, len(train), size):
+        rows = torch.arange(start, min(start + size, len(train)))
         with torch.no_grad():
             logits_nk = teacher(train.view(view, rows)).float()
         kept = kept_of(logits_nk, top, temperature)

@@ -35,9 +35,13 @@ def predict(
 ) -> Predictions:
     """Logits of the first ``limit`` images (default: all), in evaluation mode.
 
-    The model is left in the mode in which it was found. ``after_batch`` is called after each batch,
-    as a sign of life.
+    The model is left in the mode in which it was found.
+
+    Args:
+        batch_size: at most; see ``Stream.pass_size``.
+        after_batch: called after each batch, as a sign of life.
     """
+    batch_size = stream.pass_size(batch_size)
     with torch.no_grad(), eval_mode(model):
         batches = []
         for batch in stream.in_order(batch_size, limit):

@@ -22,7 +22,8 @@ def recalibrate(
 ) -> None:
     """Estimate every batch norm's mean and variance anew on the model's own activations, in place.
 
-    Plain averages over the given batches; weights do not change.
+    Plain averages over the given batches; weights do not change. Batches of large images are taken
+    in parts.
 
     Args:
         after_batch: called after each batch, as a sign of life.
@@ -35,8 +36,9 @@ def recalibrate(
     model.eval()  # dropout would disturb what is measured
     for norm in norms:
         norm.train()
+    parts = -(-batch_size // train.pass_size(batch_size))
     with torch.no_grad():
-        for batch in itertools.islice(train.epoch(0, batch_size), num_batches):
+        for batch in itertools.islice(train.epoch(0, batch_size // parts), num_batches * parts):
             model(batch.images_nchw)
             after_batch()
     model.eval()

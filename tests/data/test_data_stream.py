@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pbkd.config import AugmentConfig
-from pbkd.data import Stream
+from pbkd.data import Split, Stream
 from pbkd.testing import random_split
 
 NUM = 23
@@ -242,3 +242,11 @@ def test_a_split_may_be_larger_than_memory(tmp_path: Path) -> None:
     shape = (300_000, 3, 64, 64)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)  # sparse: no bytes
     subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(path)], check=True)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 256), (128, 256), (224, 83), (3000, 2)])
+def test_a_pass_has_fewer_large_images(side: int, size: int) -> None:
+    images = np.broadcast_to(np.uint8(0), (1000, 3, side, side))
+    stream = Stream(Split(images, np.zeros(1000, np.int64)), seed=0, augment=PLAIN)
+    assert stream.pass_size(256) == size
+    assert stream.pass_size(1) == 1

@@ -361,6 +361,17 @@ def test_there_is_a_sign_of_life_per_step_and_batch(tmp_path: Path) -> None:
     assert beats == 2 * 3 + 3  # steps, and validations of one batch each
 
 
+def test_statistics_of_slow_batch_norms_follow_a_short_training(tmp_path: Path) -> None:
+    """As those of MobileNetV3 (0.01) and MNASNet (0.0003), which average over many steps."""
+    norm = nn.BatchNorm2d(1, momentum=0.0003)
+    model = nn.Sequential(norm, _linear())
+    _fit(model, _learn, tmp_path / "h", epochs=20)  # 60 steps
+    brightness = torch.tensor(_stream()._split.images / 255, dtype=torch.float32).mean().item()
+    assert norm.running_mean is not None
+    assert norm.running_mean.item() == pytest.approx(brightness, rel=0.1)
+    assert norm.momentum == 0.0003
+
+
 # ---------------------------------------------------------------- prediction
 
 
@@ -377,12 +388,10 @@ def test_prediction_is_in_order_in_evaluation_mode_and_keeps_the_mode(training: 
     assert predictions.accuracy == pytest.approx(int(hits.sum()) / 10)
 
 
-def test_statistics_of_slow_batch_norms_follow_a_short_training(tmp_path: Path) -> None:
-    """As those of MobileNetV3 (0.01) and MNASNet (0.0003), which average over many steps."""
-    norm = nn.BatchNorm2d(1, momentum=0.0003)
-    model = nn.Sequential(norm, _linear())
-    _fit(model, _learn, tmp_path / "h", epochs=20)  # 60 steps
-    brightness = torch.tensor(_stream()._split.images / 255, dtype=torch.float32).mean().item()
-    assert norm.running_mean is not None
-    assert norm.running_mean.item() == pytest.approx(brightness, rel=0.1)
-    assert norm.momentum == 0.0003
+def test_large_images_are_predicted_a_few_at_a_time() -> None:
+    stream = Stream(random_split(9, size=1024), seed=0, augment=AugmentConfig())
+    sizes: list[int] = []
+    model = nn.Sequential(nn.AvgPool2d(128), nn.Flatten(), nn.Linear(64, 3))
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert len(predict(model, stream, batch_size=256).labels_n) == 9
+    assert sizes == [4, 4, 1]

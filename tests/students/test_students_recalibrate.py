@@ -111,3 +111,13 @@ def test_dropout_does_not_disturb_the_statistics() -> None:
     plain = nn.Sequential(*list(net)[1:])
     recalibrate(plain, stream, num_batches=2, batch_size=16)
     assert torch.equal(plain[1].running_var, found[0])
+
+
+def test_batches_of_large_images_are_taken_in_parts(net):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (8, 3, 1024, 1024), dtype=np.uint8)
+    train = Stream(Split(images, np.zeros(8, np.int64)), seed=1, augment=AugmentConfig())
+    sizes: list[int] = []
+    net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    recalibrate(net, train, num_batches=1, batch_size=8)
+    assert sizes == [4, 4]
