@@ -45,7 +45,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same choices and settings would give another model."""
 
 STITCH = "stitch.json"

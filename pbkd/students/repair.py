@@ -71,7 +71,8 @@ def repair(
 
     It ends with the weights, after an epoch or before the first, whose KL divergence from the
     teacher is smallest: never worse than it came in. Where the first epoch taught it nothing (the
-    loss rose, or the student knows no more than a guess), training begins again at a lower rate.
+    loss rose and the KL did not fall, or the student knows no more than a guess), training begins
+    again at a lower rate.
 
     Args:
         paths: the replaced blocks, below ``net``.
@@ -154,12 +155,12 @@ class Repair:
                 losses = self._epoch(epoch)
                 loss = float(losses.mean())
                 kl = self._kl(reference, chooser)
-                if kl < best_kl or math.isnan(best_kl):
+                if is_better := kl < best_kl or math.isnan(best_kl) > math.isnan(kl):
                     best_kl, best = kl, _copy(self.student)
                 _log.info("repair, epoch %d: loss %.4f, KL %.4f", epoch, loss, kl)
                 lines.append(RepairRecord(epoch, _finite(loss), _finite(kl), self.restarts))
                 history.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
-                is_lost = _has_risen(losses) or _is_guess(kl, guess_kl)
+                is_lost = (_has_risen(losses) and not is_better) or _is_guess(kl, guess_kl)
                 if epoch == 0 and is_lost and self.restarts < _RESTARTS:
                     self._begin_again(start)
                 else:
