@@ -120,7 +120,7 @@ def memory(root: Path, num_images: int, pixels: int) -> tuple[dict[str, str], li
         "path": str(root.with_name("images")),
         "image_size": pixels,
     }
-    _workspace(root, {"prepare": prepare}, depth=30, stride=32)
+    _workspace(root, {"prepare": prepare, **_few_at_once()}, depth=30, stride=32)
     with _limited(limit_bytes) as group:
         duration_s = _repro(root, group.procs)
         peak_bytes, num_killed = group.peak_bytes(), group.num_killed()
@@ -139,6 +139,15 @@ def memory(root: Path, num_images: int, pixels: int) -> tuple[dict[str, str], li
         harness.Target("processes killed for their memory", num_killed, "at most", 0, ""),
         _clean("images larger than memory", root),
     ]  # fmt: skip
+
+
+def _few_at_once() -> dict[str, Any]:
+    """Batches of sixteen images of 3 MB each, as floats."""
+    few = {"batch_size": 16}
+    stitch = _PARAMS["stitch"] | {"repair": few}
+    return {name: _PARAMS[name] | few for name in ("teacher", "distill", "finetune")} | {
+        "stitch": stitch
+    }
 
 
 def _workspace(

@@ -25,7 +25,6 @@ from pbkd.distill.timing import (
     StepCost,
     SuffixCost,
     best_capture_batch,
-    free_memory,
     measure_disk,
     score_costs,
     score_images,
@@ -34,7 +33,7 @@ from pbkd.distill.timing import (
     warm_up,
 )
 from pbkd.distill.trainee import TraineeSpec
-from pbkd.measure import processor_name, usable_cores
+from pbkd.measure import free_memory, processor_name, usable_cores
 from pbkd.models import Classifier, load_teacher, read_card
 
 _CUT_IMAGES = 2  # one image would take other kernels
@@ -191,7 +190,8 @@ def measure_profile(
     images = val.plain(torch.arange(config.batch_size) % len(val))
     capture = Capture(teacher, paths, images, dtype)
     teacher_s = teacher_times(capture, images)
-    capture_batch, gain = best_capture_batch(capture, images)
+    largest = val.pass_size(2 * config.batch_size)
+    capture_batch, gain = best_capture_batch(capture, images, largest)
     activations = capture(images)
     exact = Capture(teacher, paths, images[:_CUT_IMAGES], torch.float32)
     cuts = find_cuts(exact, images[:_CUT_IMAGES])

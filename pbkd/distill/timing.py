@@ -148,11 +148,18 @@ def _times_of_a_pass(capture: Capture, images_nchw: Tensor) -> dict[str, float]:
     return times
 
 
-def best_capture_batch(capture: Capture, images_nchw: Tensor) -> tuple[int, float]:
-    """Images per pass at which the teacher is fastest, and its time over that of the batch."""
+def best_capture_batch(capture: Capture, images_nchw: Tensor, largest: int) -> tuple[int, float]:
+    """Images per pass at which the teacher is fastest, and its time over that of the batch.
+
+    Args:
+        largest: images of a pass on a CPU, unless the batch is larger; a GPU says what it holds.
+    """
     num = len(images_nchw)
     times = {}
-    for factor in (1, 2) if images_nchw.device.type == "cpu" else (1, 2, 4, 8):
+    is_cpu = images_nchw.device.type == "cpu"
+    for factor in (1, 2) if is_cpu else (1, 2, 4, 8):
+        if is_cpu and factor > 1 and factor * num > largest:
+            break
         batch = images_nchw.repeat(factor, 1, 1, 1)
         try:
             times[factor] = _seconds(lambda b=batch: capture(b), batch.device) / len(batch)  # type: ignore[misc]
@@ -333,16 +340,6 @@ def _marks_of_a_pass(teacher: Classifier, suffixes: Suffixes, images_nchw: Tenso
         teacher(images_nchw)
         end(FROM_IMAGES)
     return marks
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that programs can still take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _synchronise(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from pbkd.measure.flops import FLOPS_PER_MAC, count_macs
 from pbkd.measure.headline import headline
 from pbkd.measure.latency import Latency, measure_interleaved, measure_latency
 from pbkd.measure.machine import Machine, processor_name, this_machine, usable_cores
+from pbkd.measure.memory import free_memory
 from pbkd.measure.nvml import GpuInfo, device_info, device_is_shared, nvml_counters
 from pbkd.measure.rapl import rapl_counters
 from pbkd.measure.size import num_parameters, state_dict_bytes
@@ -27,6 +28,7 @@ __all__ = [
     "device_info",
     "device_is_shared",
     "eval_mode",
+    "free_memory",
     "headline",
     "job_energy_j",
     "measure_interleaved",
