@@ -126,9 +126,18 @@ def settle(
 
 def allowed_bytes(workspace: Workspace, config: ActivationsConfig) -> float:
     """What `auto` may put on the disk: as the parameters say, and what the disk has room for."""
-    parts = (workspace.store.root / KIND).glob("*.parts/item/shard-*")
-    free_bytes = shutil.disk_usage(workspace.root).free + sum(p.stat().st_size for p in parts)
+    store = workspace.store.root
+    store.mkdir(parents=True, exist_ok=True)
+    parts = (store / KIND).glob("*.parts/item/shard-*")
+    free_bytes = shutil.disk_usage(store).free + sum(p.stat().st_size for p in parts)
+    if _is_copied(workspace):
+        free_bytes = min(free_bytes, shutil.disk_usage(workspace.root).free)
     return min(config.max_cache_gb * 1e9, _SHARE_OF_DISK * free_bytes)
+
+
+def _is_copied(workspace: Workspace) -> bool:
+    """Whether the output cannot be hard links into the store, which lies on another disk."""
+    return workspace.store.root.stat().st_dev != workspace.root.stat().st_dev
 
 
 def fill_jobs(
@@ -148,7 +157,10 @@ def fill_jobs(
     if not missing:
         return []
     there = parts_bytes(store, subject.keys(missing, settled.cuts).values())
-    check_free_space(store.root, _size(subject, missing) - there, "the cache of activations")
+    what = "the cache of activations"
+    check_free_space(store.root, _size(subject, missing) - there, what)
+    if _is_copied(workspace):
+        check_free_space(workspace.root, settled.size_bytes, what)
     return [
         FillJob(
             sides=tuple(missing),

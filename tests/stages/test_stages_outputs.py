@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import yaml
 
 from pbkd.activations.shards import KIND
 from pbkd.artifacts import Workspace, file_digest, read_json
+from pbkd.config import ActivationsConfig
 from pbkd.distill import TRAINEES
 from pbkd.errors import ArtifactError, TeacherError
 from pbkd.models import read_card
 from pbkd.report import METRICS, read_measured
 from pbkd.stages import STAGES, StageContext, run_stage
-from pbkd.stages.activations import read_settled
+from pbkd.stages.activations import allowed_bytes, read_settled
 from pbkd.stages.context import stage_records
 from pbkd.stages.distill import plan_here, read_distilled
 from pbkd.stages.evaluate import forget_measurements
@@ -263,6 +265,21 @@ def test_auto_caches_what_measured_costs_say_and_no_more_than_it_may(finished):
     stored = {(block, side) for block, side, _ in views_of(finished)}
     assert stored == set(settled.sides)
     assert len(list((finished.state / "profiles").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(("store_gb", "workspace_gb"), [(1, 500), (500, 1)])
+def test_the_cache_must_fit_on_the_disk_of_the_store_and_on_that_of_the_copies(
+    finished, monkeypatch, store_gb, workspace_gb
+):
+    def usage(folder: Path) -> SimpleNamespace:
+        in_store = Path(folder).is_relative_to(finished.store.root)
+        return SimpleNamespace(free=(store_gb if in_store else workspace_gb) * 10**9)
+
+    config = ActivationsConfig(max_cache_gb=4)
+    assert allowed_bytes(finished, config) == 4e9
+    monkeypatch.setattr("pbkd.stages.activations.shutil.disk_usage", usage)
+    monkeypatch.setattr("pbkd.stages.activations._is_copied", lambda workspace: True)
+    assert allowed_bytes(finished, config) == 0.8e9
 
 
 # ---------------------------------------------------------------- measurements
