@@ -59,7 +59,7 @@ def compress(
 
     Args:
         root: The workspace's folder, absolute.
-        state: Its state folder. Empty: `.pbkd` beside the DVC root.
+        state: Its state folder. Empty: `.pbkd` in the workspace.
         overrides: Parameters to set in params.yaml before the run, by dotted name:
             `{"distill.epochs": 20}`. They stay in the file, for later runs, too.
         if_busy: What to do while another run holds the workspace: `fail` with its pid, or `wait`.

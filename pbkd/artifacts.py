@@ -6,6 +6,7 @@ under its key in one rename, so whatever is there is complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,16 +215,32 @@ def _jsonable(value: Any) -> Any:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``path`` on success and vanishes on failure."""
+    """Yield a temporary folder that replaces ``path`` on success and vanishes on failure.
+
+    A link stays, its target is replaced. The current folder stays, too: it is filled.
+    """
+    path = path.resolve()
+    is_here = path.is_dir() and path.samefile(".")
+    with _temporary_dir(path / "new" if is_here else path) as temporary:
+        yield temporary
+        if is_here:
+            for entry in list(temporary.iterdir()):
+                entry.replace(path / entry.name)
+            return
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+
+@contextmanager
+def _temporary_dir(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; what is left of it in the end is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -264,9 +281,10 @@ class Store:
         path = self.path(kind, key)
         if self.has(kind, key):
             return path
-        with atomic_dir(path) as temporary:
+        with _temporary_dir(path) as temporary:
             write(temporary)
             write_marker(temporary, key)
+            _publish(temporary, path, key)
         return path
 
     def adopt(self, kind: str, folder: Path) -> bool:
@@ -279,9 +297,11 @@ class Store:
             return True
         if not _is_whole(folder, key) or not _content_matches(folder):
             return False
-        with atomic_dir(self.path(kind, key)) as temporary:
+        path = self.path(kind, key)
+        with _temporary_dir(path) as temporary:
             shutil.rmtree(temporary)
             link_tree(folder, temporary)
+            _publish(temporary, path, key)
         return True
 
     def verify(self, kind: str, key: str) -> None:
@@ -304,6 +324,28 @@ def write_marker(folder: Path, key: str) -> None:
         if path.is_file()
     }
     write_json(folder / MARKER, {"key": key, "files": files})
+
+
+def _publish(item: Path, path: Path, key: str) -> None:
+    """Rename an item to its place; a whole one that is there stays, a broken one goes."""
+    while not _is_whole(path, key):
+        try:
+            item.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _remove_broken(path, key)
+
+
+def _remove_broken(path: Path, key: str) -> None:
+    aside = temporary_path(path.with_name(f"{path.name}.broken"))
+    with suppress(FileNotFoundError):  # another writer removed it first
+        path.rename(aside)
+        if _is_whole(aside, key):  # another writer replaced it just now
+            with suppress(OSError):  # and a third one this one
+                aside.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_whole(folder: Path, key: str) -> bool:
@@ -336,16 +378,16 @@ class Workspace:
 
     @classmethod
     def find(cls, root: Path | None = None, state: Path | None = None) -> Workspace:
-        """The workspace at ``root`` (default: here); state lies beside the DVC root."""
+        """The workspace at ``root`` (default: here); its state lies in it, or at ``state``."""
         root = (root or Path.cwd()).resolve()
-        dvc_root = Path(os.environ.get("DVC_ROOT", root))
-        return cls(root, (state or dvc_root / ".pbkd").resolve())
+        return cls(root, (state or root / ".pbkd").resolve())
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
         outputs, state = self.root / "artifacts", self.state
         inner = [*outputs.glob("*/"), *state.glob("*/"), *state.glob("*/*/")]
-        for folder in (outputs, self.prepared.parent, self.results, state, *inner):
+        beside = {path.resolve().parent for path in (*inner, self.prepared)}  # of links' targets
+        for folder in {outputs, self.results, state, *inner, *beside}:
             sweep(folder)
 
     @property

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from pbkd.errors import WorkspaceBusyError
+from pbkd.errors import ArtifactError, ConfigError, WorkspaceBusyError
 
 
 def device_lock_dir() -> Path:
-    """Default folder of the machine-wide device locks, one per user."""
-    return Path(tempfile.gettempdir()) / f"pbkd-locks-{os.getuid()}"
+    """Default folder of the machine-wide device locks, one per user; made where missing.
+
+    Raises:
+        ConfigError: somebody else owns it or can write to it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"pbkd-locks-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_ours or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"{folder} must be a folder of yours that nobody else can write to; delete it, or set "
+            "PBKD_LOCK_DIR to another"
+        )
+    return folder
 
 
 @contextmanager
@@ -35,9 +51,10 @@ def file_lock(
 
     Raises:
         WorkspaceBusyError: somebody else holds it; the message has pid, command, and since when.
+        ArtifactError: ``path`` is a symbolic link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open(path)
     try:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -68,6 +85,15 @@ def workspace_lock(
     """Hold a workspace for a run; WorkspaceBusyError, as of ``file_lock``, where another has it."""
     name = hashlib.blake2b(str(root).encode(), digest_size=6).hexdigest()
     return file_lock(state / f"run-{name}.lock", f"workspace {root}", command=command)
+
+
+def _open(path: Path) -> int:
+    try:  # a link that somebody else put there would have us overwrite what it names
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ArtifactError(f"lock file {path} is a symbolic link; delete it") from None
 
 
 def _holder(path: Path) -> str:

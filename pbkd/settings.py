@@ -49,7 +49,7 @@ class Settings(BaseModel):
         "an error, or goes on (finetune.without_teachers)",
     )
     state_dir: Path | None = Field(
-        None, description="state folder; default: .pbkd beside the DVC root"
+        None, description="state folder; default: .pbkd in the workspace"
     )
     lock_dir: Path | None = Field(
         None,

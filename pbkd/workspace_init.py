@@ -77,7 +77,7 @@ def init_workspace(folder: Path, preset: str, data: Path | None = None) -> Path:
         _write_new(folder / "data" / "raw" / "README.md", _RAW_README)
     if data is not None:
         # quoted: names may hold # or :
-        path = json.dumps(_track(folder, data.resolve()), ensure_ascii=False)
+        path = json.dumps(_track(folder, data), ensure_ascii=False)
         params = params.replace("path: data/raw ", f"path: {path} ", 1)
     (folder / "params.yaml").write_text(params)
     load_params(folder / "params.yaml")
@@ -118,6 +118,8 @@ def _git_and_dvc(folder: Path) -> None:
 
 def _track(folder: Path, data: Path) -> str:
     """Bring the images into data/raw, tracked by DVC; returns their path in the workspace."""
+    # of a link to a file, the name counts: its target may lack the ending
+    data = data.parent.resolve() / data.name if data.is_file() else data.resolve()
     if data.is_relative_to(folder):
         target = data.relative_to(folder).as_posix()
         _dvc(folder, "add", "--quiet", target)
@@ -137,7 +139,7 @@ def _track(folder: Path, data: Path) -> str:
             f"--data: {size:,} bytes do not fit into {folder}, which has {free:,} free; choose a "
             "folder on another disk"
         )
-    _dvc(folder, "add", "--quiet", "--out", target, str(data))
+    _dvc(folder, "add", "--quiet", "--out", target, str(data.resolve()))
     return target
 
 

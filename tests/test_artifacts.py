@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pbkd.artifacts import (
     MARKER,
@@ -19,9 +26,11 @@ from pbkd.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    temporary_path,
     tensors_digest,
     write_json,
 )
+from pbkd.cli import app
 from pbkd.config import AugmentConfig
 from pbkd.errors import ArtifactError
 
@@ -142,6 +151,42 @@ def test_a_new_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["second"]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_linked_folder_stays_a_link_and_its_target_is_replaced(
+    tmp_path: Path, is_there: bool
+) -> None:
+    target = tmp_path / "disk" / "target"
+    if is_there:
+        target.mkdir(parents=True)
+        (target / "first").touch()
+    path = tmp_path / "folder"
+    path.symlink_to(target)
+    with atomic_dir(path) as temporary:
+        assert temporary.parent == target.parent
+        (temporary / "second").touch()
+    assert path.readlink() == target
+    assert [p.name for p in target.iterdir()] == ["second"]
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+
+
+def test_the_current_folder_is_filled_and_stays_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(TypeError), atomic_dir(Path()) as temporary:
+        _write_half(temporary / "file")
+    assert list(folder.iterdir()) == []
+    with atomic_dir(Path()) as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").touch()
+        assert not Path("below").exists()
+    assert Path.cwd() == folder
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*")] == ["below", "below/file"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with pytest.raises(ArtifactError, match=r"a\.json is missing"):
@@ -245,6 +290,62 @@ def test_the_first_writer_wins(store: Store) -> None:
     store.put("trainees", KEY, must_not_run)
 
 
+def test_a_writer_that_comes_second_keeps_what_the_first_put(store: Store) -> None:
+    def write_while_another_does(folder: Path) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(store.put, "trainees", KEY, _write_item).result()
+        (folder / "weights").write_bytes(b"mine")
+
+    path = store.put("trainees", KEY, write_while_another_does)
+    assert (path / "weights").read_bytes() == b"0123456789"
+    assert list(path.parent.iterdir()) == [path]
+    store.verify("trainees", KEY)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_writers_in_step_all_succeed(store: Store, broken: bool) -> None:
+    keys = [f"{number:04}" for number in range(100)]
+    if broken:
+        for key in keys:
+            _truncate(store.put("trainees", key, _write_item))
+    num_writers = 3
+    in_step = threading.Barrier(num_writers, timeout=20)
+
+    def put_all() -> None:
+        for key in keys:
+            in_step.wait()
+            store.put("trainees", key, _write_item)
+
+    with ThreadPoolExecutor(num_writers) as pool:
+        for done in [pool.submit(put_all) for _ in range(num_writers)]:
+            done.result()
+    for key in keys:
+        store.verify("trainees", key)
+    assert sorted(path.name for path in (store.root / "trainees").iterdir()) == keys
+
+
+def test_a_whole_item_that_took_the_place_of_a_broken_one_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer replaces the broken item after this one has seen it."""
+    path = store.put("trainees", KEY, _write_item)
+    whole = path.rename(path.with_name("whole"))
+    _truncate(store.put("trainees", KEY, _write_item))
+    rename = Path.rename
+
+    def rename_late(source: Path, target: Path) -> Path:
+        if source == path and whole.exists():
+            shutil.rmtree(path)
+            rename(whole, path)
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    inode = (whole / "weights").stat().st_ino
+    store.put("trainees", KEY, _write_item)
+    assert (path / "weights").stat().st_ino == inode
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("damage", SEEN_AT_ONCE)
 def test_a_damaged_item_is_not_taken_for_whole_and_is_written_anew(
     store: Store, damage: Damage
@@ -313,10 +414,58 @@ def test_writing_anew_does_not_reach_through_a_hard_link(tmp_path: Path) -> None
 # ---------------------------------------------------------------- the workspace
 
 
-def test_the_state_lies_beside_the_dvc_root(
+def test_a_killed_writers_folder_beside_a_links_target_is_swept(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    target = tmp_path / "disk" / "activations"
+    target.mkdir(parents=True)
+    workspace = Workspace.find(tmp_path / "workspace")
+    (workspace.root / "artifacts").mkdir(parents=True)
+    workspace.artifacts("activations").symlink_to(target)
+    name = temporary_path(target).name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    target.with_name(name).mkdir()
+    workspace.sweep()
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_gc_empties_a_linked_store_and_keeps_the_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "disk"
+    target.mkdir()
+    store = Workspace.find().store
+    store.root.parent.mkdir()
+    store.root.symlink_to(target)
+    store.put("trainees", KEY, _write_item)
+    (store.root / "file").touch()
+    result = CliRunner().invoke(app, ["gc"], catch_exceptions=False)
+    assert result.output.startswith("emptied")
+    assert store.root.readlink() == target
+    assert list(target.iterdir()) == []
+
+
+def test_gc_names_what_it_cannot_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Workspace.find().store.put("trainees", KEY, _write_item)
+    unlink = os.unlink
+
+    def refuse(name: str, **where: int) -> None:
+        if name == "weights":
+            raise PermissionError(1, "Operation not permitted", name)
+        unlink(name, **where)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    result = CliRunner().invoke(app, ["gc"])
+    assert isinstance(result.exception, ArtifactError)
+    assert f"the first is {path / 'weights'};" in str(result.exception)
+    assert "emptied" not in result.output
+    assert [p.name for p in path.iterdir()] == ["weights"]
+
+
+def test_the_state_lies_in_the_workspace_also_below_a_dvc_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "above"))  # `dvc repro` sets it
     assert Workspace.find(tmp_path).state == (tmp_path / ".pbkd").resolve()
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "above"))
-    assert Workspace.find(tmp_path).state == (tmp_path / "above" / ".pbkd").resolve()
     assert Workspace.find(tmp_path, tmp_path / "given").state == (tmp_path / "given").resolve()

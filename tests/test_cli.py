@@ -216,6 +216,16 @@ def test_report_prints_the_table_and_where_things_are(workspace):
         assert ("models:/tiny@champion" in output) == (champion is not None)
 
 
+def test_report_gives_commands_for_the_store_in_use(workspace, monkeypatch):
+    receipt = {"tracking_uri": "sqlite:my.db", "name": "tiny", "versions": {}, "champion": "7"}
+    (workspace.results / "registered.json").write_text(json.dumps(receipt))
+    assert "in sqlite:my.db; set MLFLOW_TRACKING_URI" in invoke("report")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////a b/my.db")
+    output = invoke("report")
+    assert "open it: mlflow server --backend-store-uri 'sqlite:////a b/my.db'\n" in output
+    assert "load it: MLFLOW_TRACKING_URI='sqlite:////a b/my.db' python" in output
+
+
 def test_report_says_that_nothing_is_registered_yet(workspace):
     output = invoke("report")
     assert "accuracy (test)" in output

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pbkd.errors import WorkspaceBusyError
-from pbkd.locks import file_lock, workspace_lock
+from pbkd.errors import ArtifactError, ConfigError, WorkspaceBusyError
+from pbkd.locks import device_lock_dir, file_lock, workspace_lock
 
 HOLDER = """\
 import sys, time
@@ -116,3 +118,73 @@ def test_workspaces_that_share_a_state_folder_do_not_lock_each_other(tmp_path: P
         workspace_lock(tmp_path / "a", state),
     ):
         pass
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_in_place_of_a_lock_is_refused_and_its_target_kept(
+    tmp_path: Path, is_there: bool
+) -> None:
+    target = tmp_path / "mine"
+    if is_there:
+        target.write_text("text")
+    (tmp_path / "it.lock").symlink_to(target)
+    with (
+        pytest.raises(ArtifactError, match=r"it\.lock is a symbolic link"),
+        file_lock(tmp_path / "it.lock", "it"),
+    ):
+        pass
+    assert target.exists() == is_there
+    assert not is_there or target.read_text() == "text"
+
+
+@pytest.fixture
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_the_folder_of_device_locks_is_for_its_user_alone(temporary_folder: Path) -> None:
+    folder = device_lock_dir()
+    assert folder.parent == temporary_folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert device_lock_dir() == folder
+
+
+def _let_others_write(folder: Path) -> None:
+    folder.chmod(0o777)
+
+
+def _let_the_group_write(folder: Path) -> None:
+    folder.chmod(0o770)
+
+
+def _put_a_link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+def _put_a_file(folder: Path) -> None:
+    folder.rmdir()
+    folder.touch(0o600)
+
+
+@pytest.mark.parametrize(
+    "change", [_let_others_write, _let_the_group_write, _put_a_link, _put_a_file]
+)
+def test_a_folder_of_device_locks_that_others_may_have_made_is_refused(
+    temporary_folder: Path, change: Callable[[Path], None]
+) -> None:
+    folder = device_lock_dir()
+    change(folder)
+    with pytest.raises(ConfigError, match=f"{folder} must be .* PBKD_LOCK_DIR"):
+        device_lock_dir()
+
+
+def test_a_folder_of_device_locks_of_another_owner_is_refused(
+    temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    (temporary_folder / f"pbkd-locks-{user}").mkdir(0o700)
+    with pytest.raises(ConfigError, match="PBKD_LOCK_DIR"):
+        device_lock_dir()

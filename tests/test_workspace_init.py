@@ -118,6 +118,23 @@ def test_images_in_the_workspace_stay_where_they_are(tmp_path: Path, images: Pat
     assert (folder / "mine" / "animals.zip.dvc").is_file()
 
 
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [("animals.zip", "data/raw/animals.zip"), ("workspace/mine.zip", "mine.zip")],
+)
+def test_a_link_to_an_archive_gives_its_own_name(
+    tmp_path: Path, images: Path, link: str, expected: str
+) -> None:
+    target = images.rename(tmp_path / "0a1b2c")
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / link).symlink_to(target)
+    params = init_workspace(tmp_path / "workspace", "image-folder", tmp_path / link)
+    assert load_params(params).prepare.path == expected
+    assert (params.parent / expected).read_bytes() == target.read_bytes()
+    assert (params.parent / f"{expected}.dvc").is_file()
+    run(params.parent, "dvc", "repro", "prepare")
+
+
 def test_a_folder_within_a_repository_becomes_a_project_of_its_own(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     init_workspace(tmp_path / "sub", "digits")

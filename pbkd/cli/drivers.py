@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from pbkd.cli.common import (
     this_workspace,
     use_prefect,
 )
-from pbkd.errors import ConfigError
+from pbkd.errors import ArtifactError, ConfigError
 from pbkd.locks import workspace_lock
 
 if TYPE_CHECKING:
@@ -227,13 +228,30 @@ def gc(
     Example: `pbkd gc --versions --keep 2 --dry-run`
     """
     workspace = this_workspace()
+    left: list[str] = []
     with workspace_lock(workspace.root, workspace.state):
         if versions:
             _delete_old_versions(workspace, keep, name, dry_run=dry_run)
             return
         for folder in (workspace.store.root, *map(workspace.state.joinpath, _LEFT_OVERS)):
-            shutil.rmtree(folder, ignore_errors=True)
+            left += _empty(folder)
+    if left:
+        raise ArtifactError(
+            f"{len(left)} files and folders could not be removed, the first is {left[0]}; change "
+            "their owner or mode, then: pbkd gc"
+        )
     print(f"emptied {workspace.store.root}")
+
+
+def _empty(folder: Path) -> list[str]:
+    """Remove a folder, or what the target of a link holds; returns what stays."""
+    left: list[str] = []
+    for path in list(folder.glob("*")) if folder.is_symlink() else [folder]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, onerror=lambda _, name, __: left.append(name))
+        else:
+            path.unlink(missing_ok=True)
+    return left
 
 
 def _delete_old_versions(
@@ -272,6 +290,7 @@ def _print_report(workspace: Workspace) -> None:
         summary_sentence,
     )
     from pbkd.stages.evaluate import stage_figures
+    from pbkd.tracking.registry import reachable_uri
 
     metrics, measured = read_metrics(workspace.results), read_measured(workspace.results)
     # evaluate wrote its own record, and register's came, after measured.json was closed
@@ -292,10 +311,14 @@ def _print_report(workspace: Workspace) -> None:
         return
     receipt = read_json(workspace.results / REGISTERED)
     print(f"Registry:  {receipt['name']}, champion: version {receipt['champion'] or 'none'}")
-    store = receipt["tracking_uri"]
-    is_server = store.startswith("http")
-    print(f"           open it: {'' if is_server else 'mlflow server --backend-store-uri '}{store}")
+    uri = reachable_uri(receipt["tracking_uri"], workspace)
+    if uri is None:
+        print(f"           in {receipt['tracking_uri']}; set MLFLOW_TRACKING_URI to where that is")
+        return
+    store = shlex.quote(uri)
+    command = f"mlflow server --backend-store-uri {store}"
+    print(f"           open it: {uri if uri.startswith('http') else command}")
     if receipt["champion"] is not None:
-        uri = f"models:/{receipt['name']}@champion"
+        model = f"models:/{receipt['name']}@champion"
         print(f"           load it: MLFLOW_TRACKING_URI={store} python -c \\")
-        print(f"             \"import mlflow; print(mlflow.pytorch.load_model('{uri}'))\"")
+        print(f"             \"import mlflow; print(mlflow.pytorch.load_model('{model}'))\"")

@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel
 
 from pbkd._version import __version__
 from pbkd.artifacts import Workspace, digest_of, read_json, write_json
@@ -39,7 +43,11 @@ _MLFLOW_ENVIRONMENT = {
 
 
 def tracking_uri(workspace: Workspace) -> str:
-    """MLFLOW_TRACKING_URI, else a sqlite file in the state folder."""
+    """MLFLOW_TRACKING_URI, else a sqlite file in the state folder.
+
+    Raises:
+        TrackingError: no URI can name that file.
+    """
     return os.environ.get(_URI) or f"sqlite:///{_database(workspace)}"
 
 
@@ -47,7 +55,7 @@ def prepare_store(workspace: Workspace) -> None:
     """Make the sqlite file, if that is the store and it is missing.
 
     Raises:
-        MissingExtraError: MLflow is not installed.
+        MissingExtraError: MLflow is not installed. TrackingError: no URI can name the file.
     """
     for name, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -55,13 +63,27 @@ def prepare_store(workspace: Workspace) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not os.environ.get(_URI):
         try:
-            make_store(_database(workspace), workspace.state / "mlartifacts")
+            make_store(_database(workspace), _artifacts(workspace))
         except ImportError:
             raise MissingExtraError("mlflow", "pipeline", "tracking") from None
 
 
 def _database(workspace: Workspace) -> Path:
-    return workspace.state / "mlflow.db"
+    return _checked(workspace.state / "mlflow.db", r"\?|%[0-9a-fA-F]{2}")
+
+
+def _artifacts(workspace: Workspace) -> Path:
+    return _checked(workspace.state / "mlartifacts", r"%[0-9a-fA-F]{2}")
+
+
+def _checked(path: Path, misread: str) -> Path:
+    """The path, unless it holds what MLflow takes for a part of a URI."""
+    if found := re.search(misread, str(path)):
+        raise TrackingError(
+            f"MLflow cannot use {path}: it misreads `{found[0]}`; move the workspace, or set "
+            "PBKD_STATE_DIR to another folder, or MLFLOW_TRACKING_URI to a server"
+        )
+    return path
 
 
 def mlflow_client(workspace: Workspace) -> Any:
@@ -123,8 +145,13 @@ class PipelineRun:
         """The open run of this process's driver: found, or begun.
 
         A run that an earlier driver left open is ended as killed.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or does not take the parameters.
         """
         client = mlflow_client(workspace)
+        from mlflow.exceptions import MlflowException
+
         path = workspace.state / "pipeline_run.json"
         driver, uri = _driver(), tracking_uri(workspace)
         store = digest_of(uri)  # which may hold a password
@@ -137,9 +164,14 @@ class PipelineRun:
         name = f"{params.teacher.model} {time.strftime('%m-%d %H:%M:%S')}"
         run = client.create_run(experiment_id, run_name=name, tags=_source_tags(workspace))
         self = cls(client, run.info.run_id, experiment_id)
-        self._log_params(self.run_id, _flat(params.model_dump(mode="json", by_alias=True)))
         known = {"store": store, "driver": driver, "run_id": self.run_id}
-        write_json(path, known | {"experiment_id": experiment_id})
+        try:
+            self._log_params(self.run_id, _flat(params))
+            write_json(path, known | {"experiment_id": experiment_id})
+        except BaseException:  # nobody would find the run and end it
+            with suppress(MlflowException):
+                self.end(failed=True)
+            raise
         watch_machine(self.run_id, uri)
         return self
 
@@ -211,9 +243,13 @@ class PipelineRun:
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
 
         params = [Param(key, str(value)[:6000]) for key, value in values.items()]
-        self.client.log_batch(run_id, params=params)
+        try:
+            self.client.log_batch(run_id, params=params)
+        except MlflowException as error:
+            raise TrackingError(f"MLflow takes no parameters of run {run_id}: {error}") from error
 
     def _log_points(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
         from mlflow.entities import Metric
@@ -269,7 +305,7 @@ def _experiment(client: Any, workspace: Workspace) -> str:
     if found is not None:
         return str(found.experiment_id)
     is_local = tracking_uri(workspace).startswith("sqlite:")
-    location = (workspace.state / "mlartifacts").as_uri() if is_local else None
+    location = _artifacts(workspace).as_uri() if is_local else None
     return str(client.create_experiment(EXPERIMENT, artifact_location=location))
 
 
@@ -303,11 +339,19 @@ def _source_tags(workspace: Workspace) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            key: item
-            for name, child in value.items()
-            for key, item in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: value}
+def _flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Settings by their names in params.yaml; a mapping stays whole, as JSON.
+
+    Its keys are the user's, and MLflow takes no globs in names.
+    """
+    dumped = section.model_dump(mode="json", by_alias=True, exclude_none=True)
+    flat: dict[str, Any] = {}
+    for field, info in type(section).model_fields.items():
+        name, value = info.alias or field, getattr(section, field)
+        if isinstance(value, BaseModel):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            flat[prefix + name] = json.dumps(dumped[name], ensure_ascii=False)
+        else:
+            flat[prefix + name] = dumped.get(name)
+    return flat

@@ -159,6 +159,20 @@ def still_registered(workspace: Workspace, receipt: Registered) -> bool:
     )
 
 
+def reachable_uri(uri: str, workspace: Workspace) -> str | None:
+    """A receipt's URI as commands in the workspace's folder take it, without passwords.
+
+    None for a file that the present store is not: the receipt has no more than its name.
+    """
+    if urlsplit(uri).netloc:  # a server
+        return uri
+    here = tracking_uri(workspace)
+    is_usual = here == f"sqlite:///{workspace.root / '.pbkd' / 'mlflow.db'}"
+    if not is_usual and _public(here, workspace) == uri:
+        return without_secrets(here)
+    return uri if "://" in uri else None
+
+
 def _find(candidate: Candidate, known: list[Any]) -> Any:
     """The version that holds this model under this budget, or None."""
     wanted = (candidate.card.digest, candidate.budget)
@@ -240,7 +254,8 @@ def _log_model(client: Any, run: PipelineRun, candidate: Candidate) -> str:
             signature=signature,
             input_example=example,
             pip_requirements=requirements,
-            extra_files=[str(path) for path in sorted(candidate.folder.glob("model.*"))],
+            # MLflow decodes a plain path as if it were a URI
+            extra_files=[path.as_uri() for path in sorted(candidate.folder.glob("model.*"))],
             metadata={"class_names": list(card.class_names), "pbkd": __version__},
             validate_serving_input=False,  # it loads the exported graph anew: half of the time
         )

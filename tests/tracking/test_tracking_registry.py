@@ -18,9 +18,11 @@ from pbkd.stages import StageContext, run_stage
 from pbkd.stages.register import is_registered
 from pbkd.students import load_model
 from pbkd.tracking import PipelineRun, Registered, register_models, still_registered
-from pbkd.tracking.mlflow_run import mlflow_client
+from pbkd.tracking.fetch import fetch_version, find_version, open_registry
+from pbkd.tracking.mlflow_run import mlflow_client, tracking_uri
 from pbkd.tracking.registry import Candidate
 from pbkd.tracking.versions import read_versions
+from tests.tracking.registered import Registry
 
 
 def receipt_of(workspace: Workspace) -> Registered:
@@ -304,6 +306,59 @@ def test_neither_passwords_nor_paths_get_into_a_receipt(workspace, uri, expected
     from pbkd.tracking.registry import _public
 
     assert _public(uri, workspace) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "environment", "expected"),
+    [
+        (".pbkd", "", "sqlite:///.pbkd/mlflow.db"),
+        ("/big/state", "", "sqlite:////big/state/mlflow.db"),
+        ("/a/.pbkd", "", "sqlite:////a/.pbkd/mlflow.db"),
+        (".pbkd", "sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        (".pbkd", "/srv/mlruns", "/srv/mlruns"),
+        (".pbkd", "http://user:secret@host:5000", "http://host:5000"),
+        (".pbkd", "postgresql://db/x?password=secret", "postgresql://db/x?password=***"),
+    ],
+)
+def test_commands_get_the_address_of_the_store_in_use(
+    tmp_path, monkeypatch, state, environment, expected
+):
+    from pbkd.tracking.registry import _public, reachable_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    workspace = Workspace(tmp_path, tmp_path / state)
+    receipt = _public(tracking_uri(workspace), workspace)
+    assert reachable_uri(receipt, workspace) == expected
+
+
+@pytest.mark.parametrize(
+    ("receipt", "expected"),
+    [
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:///.pbkd/mlflow.db", "sqlite:///.pbkd/mlflow.db"),
+        ("sqlite:other.db", None),
+    ],
+)
+def test_a_receipt_of_another_store_is_not_taken_for_the_one_in_use(
+    tmp_path, monkeypatch, receipt, expected
+):
+    from pbkd.tracking.registry import reachable_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
+    assert reachable_uri(receipt, Workspace(tmp_path, tmp_path / ".pbkd")) == expected
+
+
+def test_a_workspace_whose_path_reads_like_a_uri_is_registered_elsewhere(tmp_path, new_store):
+    state = tmp_path / "state"
+    state.mkdir()
+    shutil.copy(new_store, state / "mlflow.db")
+    registry = Registry(Workspace(tmp_path / "50%20x", state), "tiny")
+    registry.register(registry.candidate("teacher"))
+    version = find_version(open_registry(registry.workspace), "models:/tiny/1")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    fetch_version(version, folder)
+    assert {path.name for path in folder.iterdir()} == {"model.json", "model.safetensors"}
 
 
 def test_a_deleted_version_is_registered_anew(workspace, client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -63,6 +64,36 @@ def test_a_database_that_a_kill_left_half_made_is_told(tmp_path):
         mlflow_client(workspace)
 
 
+@pytest.mark.parametrize("name", ["50%20x", "q?1"])
+def test_a_path_that_mlflow_would_misread_is_refused_at_once(tmp_path, name):
+    root = tmp_path / name
+    with pytest.raises(TrackingError, match=r"misreads `(%20|\?)`; move the workspace"):
+        begin(Workspace(root, root / ".pbkd"))
+    assert list((root / ".pbkd").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_artifacts_of_a_database_elsewhere_are_not_kept_where_nobody_finds_them(
+    tmp_path, new_store, monkeypatch
+):
+    database = shutil.copy(new_store, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    root = tmp_path / "50%20x"
+    with pytest.raises(TrackingError, match=r"mlartifacts: it misreads `%20`"):
+        begin(Workspace(root, root / ".pbkd"))
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "x#y", "a&b", "a;b", "100% y"])
+def test_other_paths_of_workspaces_are_taken(new_store, tmp_path, name):
+    workspace = Workspace(tmp_path / name, tmp_path / name / ".pbkd")
+    workspace.state.mkdir(parents=True)
+    shutil.copy(new_store, workspace.state / "mlflow.db")
+    run = begin(workspace)
+    run.log_text("kept", "a.txt")
+    assert Path(run.client.download_artifacts(run.run_id, "a.txt")).read_text() == "kept"
+    assert len(list(workspace.state.glob("mlartifacts/*/artifacts/a.txt"))) == 1
+
+
 def test_a_driver_has_one_run_however_often_it_asks(workspace):
     first, second = begin(workspace), begin(workspace)
     assert first.run_id == second.run_id
@@ -77,6 +108,48 @@ def test_a_run_holds_every_parameter_by_its_name_in_the_file(workspace):
     assert params["distill.lr"] == "0.125"
     assert params["register.name"] == "tiny"
     assert params["teacher.augment.pad"] == "0"
+
+
+def test_globs_of_overrides_are_in_the_value_of_one_parameter(workspace):
+    blocks = {"layer3.*": [{"kind": "identity"}], "layer3[01].conv?": [{"kind": "separable"}]}
+    shrink = {"plain-*": [{"method": "prune", "sparsity": 0.5}]}
+    given = {"blocks": {"overrides": blocks}, "shrink": {"overrides": shrink}}
+    run = PipelineRun.current(workspace, Params.model_validate(given))
+    params = run.client.get_run(run.run_id).data.params
+    logged = json.loads(params["blocks.overrides"])
+    assert list(logged) == list(blocks)
+    assert [candidate["kind"] for (candidate,) in logged.values()] == ["identity", "separable"]
+    (step,) = json.loads(params["shrink.overrides"])["plain-*"]
+    assert (step["method"], step["sparsity"]) == ("prune", 0.5)
+
+
+def test_many_students_are_one_parameter_with_the_limits_that_are_set(workspace):
+    students = {f"s{number}": {"max_macs": number / 10} for number in range(1, 10)}
+    run = PipelineRun.current(workspace, Params.model_validate({"stitch": {"students": students}}))
+    params = run.client.get_run(run.run_id).data.params
+    assert json.loads(params["stitch.students"]) == students
+
+
+def test_parameters_that_mlflow_refuses_leave_no_open_run(workspace, monkeypatch):
+    from mlflow import MlflowClient, MlflowException
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        with pytest.raises(TrackingError, match=r"MLflow takes no parameters of run \w+: no"):
+            begin(workspace)
+    assert sorted(r.info.status for r in runs_of(begin(workspace))) == ["FAILED", "RUNNING"]
+
+
+def test_a_run_whose_file_cannot_be_written_is_not_left_open(workspace):
+    path = workspace.state / "pipeline_run.json"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        begin(workspace)
+    path.rmdir()
+    assert sorted(r.info.status for r in runs_of(begin(workspace))) == ["FAILED", "RUNNING"]
 
 
 @pytest.mark.parametrize("failed", [False, True])
