@@ -10,18 +10,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pbkd.errors import ShrinkError
+
 _LEAST_SHARE = 0.01
 """Of zeros in a tensor that `prune` has been at; fewer may be chance."""
 
 
+def weighted_layers(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, nn.Parameter]:
+    """All convolutions and linear layers, shared ones once, and their weights.
+
+    Raises:
+        ShrinkError: a weight is no parameter: a parametrization makes it.
+    """
+    found: dict[nn.Conv2d | nn.Linear, nn.Parameter] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ShrinkError(
+                f"layer {path.removeprefix('net.')}: its weight is made in every pass, as by "
+                "weight_norm or spectral_norm; `prune` and `quantize` need a plain parameter: call "
+                'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") before '
+                "compressing, or leave these steps out"
+            )
+        found[layer] = weight
+    return found
+
+
 def prunable_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of all convolutions and linear layers; shared ones once."""
-    found: dict[int, nn.Parameter] = {}
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            assert isinstance(layer.weight, nn.Parameter)
-            found[id(layer.weight)] = layer.weight
-    return list(found.values())
+    """The weights of ``weighted_layers``, shared ones once; errors as there."""
+    return list(dict.fromkeys(weighted_layers(model).values()))
 
 
 def is_pruned(weight: Tensor) -> bool:

@@ -10,8 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from pbkd.config import PruneStep
@@ -38,7 +39,8 @@ def apply(shrunk: Shrunk, step: PruneStep, trainer: Trainer) -> Shrunk:
     Without a ramp, or without epochs, everything goes at once.
 
     Raises:
-        ShrinkError: as many weights are 0 already, or there are none.
+        ShrinkError: as many weights are 0 already, or there are none; or a parametrization makes
+            them.
         TrainingError: a batch does not fit into memory.
     """
     model = copy.deepcopy(shrunk.model)
@@ -51,7 +53,7 @@ def apply(shrunk: Shrunk, step: PruneStep, trainer: Trainer) -> Shrunk:
     if ramp_steps:
         ramp = _Ramp(weights, masks, first, step.sparsity, ramp_steps, steps_per_epoch)
         patient = tune.model_copy(update={"patience": ramp_epochs + 1})  # it gets worse meanwhile
-        with ramp.masked_gradients():
+        with ramp.joined_to(model):
             trainer.fit(
                 model,
                 patient,
@@ -96,46 +98,55 @@ def _present_share(weights: Sequence[Tensor], step: PruneStep) -> float:
     return share
 
 
-@dataclass
-class _Ramp:
+class _Ramp(nn.Module):
     """A training in which the share of zeros rises.
 
     Masks are drawn anew from the weights alone at the first step of every epoch, as well as every
-    few steps: a training that goes on from a checkpoint, or begins again, draws the same.
-
-    Attributes:
-        kept: what stays of each weight at present; empty before the first step.
+    few steps. In between, momentum moves weights off 0 that went just now: the masks, what stays of
+    each weight, are buffers, so that a checkpoint of the student holds them.
     """
 
-    weights: Sequence[nn.Parameter]
-    masks: Masks
-    first: float
-    last: float
-    num_steps: int
-    steps_per_epoch: int
-    kept: list[Tensor] = field(default_factory=list)
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        masks: Masks,
+        first: float,
+        last: float,
+        num_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        super().__init__()
+        self.weights, self.masks = list(weights), masks  # in a list they are no part of it
+        self.first, self.last, self.num_steps = first, last, num_steps
+        self.steps_per_epoch = steps_per_epoch
+        for index, weight in enumerate(weights):
+            self.register_buffer(str(index), torch.ones_like(weight, dtype=torch.bool))
 
     def before_step(self, step: int) -> None:
         """Let go what is due, and what momentum has moved off 0 again."""
         every = min(_UPDATE_STEPS, max(1, self.num_steps // _LEAST_UPDATES))
+        kept = list(self.buffers())
         if step % self.steps_per_epoch % every == 0:
             share = share_at(step, self.num_steps, self.first, self.last)
-            self.kept = self.masks(self.weights, share)
-        zero_(self.weights, self.kept)
+            for mask, drawn in zip(kept, self.masks(self.weights, share), strict=True):
+                mask.copy_(drawn)
+        zero_(self.weights, kept)
 
     @contextmanager
-    def masked_gradients(self) -> Iterator[None]:
-        """Within the block pruned weights get no gradient."""
+    def joined_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the block it is part of the model, whose pruned weights get no gradient."""
 
         def hook(index: int) -> Callable[[Tensor], Tensor]:
-            return lambda gradient: gradient * self.kept[index]
+            return lambda gradient: gradient * self.get_buffer(str(index))
 
         handles = [
             weight.register_hook(hook(index))  # type: ignore[no-untyped-call]
             for index, weight in enumerate(self.weights)
         ]
+        model.add_module("ramp", self)
         try:
             yield
         finally:
+            del model.ramp
             for handle in handles:
                 handle.remove()

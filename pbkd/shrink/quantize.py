@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +21,7 @@ from pbkd.config import QuantizeStep
 from pbkd.devices import channels_last
 from pbkd.models import Classifier
 from pbkd.shrink.grids import Codebook, Grid, Quantized
+from pbkd.shrink.masks import weighted_layers
 from pbkd.shrink.state import Shrunk
 from pbkd.shrink.training import Trainer
 
@@ -30,25 +33,34 @@ _LEAST_HALF = 2.0**-24
 
 
 def apply(shrunk: Shrunk, step: QuantizeStep, trainer: Trainer) -> Shrunk:
-    """Quantize all weights of convolutions and linear layers; zeros stay zeros.
+    """Quantize all weights of convolutions and linear layers; zeros stay zeros, shared ones shared.
 
     Returns:
         A student whose quantized tensors lie exactly on ``grids``.
 
     Raises:
+        ShrinkError: a parametrization makes a weight.
         TrainingError: a batch does not fit into memory.
     """
     model = copy.deepcopy(shrunk.model)
-    layers = _layers(model)
+    layers = weighted_layers(model)
     rounding, halves = _Grid if step.form == "grid" else _Codebook, step.rest == "float16"
-    for index, layer in enumerate(layers.values()):
-        is_sensitive = index in (0, len(layers) - 1) or _is_depthwise(layer)
-        bits = max(step.bits, step.sensitive_bits) if is_sensitive else step.bits
-        learned = rounding(layer.weight.detach(), bits, halves)
-        parametrize.register_parametrization(layer, "weight", learned)
+    learned = {
+        weight: rounding(weight.detach(), bits, halves)
+        for weight, bits in _bits(layers, step).items()
+    }
+    for layer, weight in layers.items():
+        parametrize.register_parametrization(layer, "weight", learned[weight])
     if step.tune.epochs:
         trainer.fit(model, step.tune)
-    grids = {f"{path}.weight": _settle(layer) for path, layer in layers.items()}
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    settled = {weight: _settle(weight, learned[weight]) for weight in learned}
+    grids = {
+        name: settled[parameter]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter in settled
+    }
     _simplify_norms(model)
     if halves:
         _round_the_rest(model, set(grids))
@@ -56,12 +68,16 @@ def apply(shrunk: Shrunk, step: QuantizeStep, trainer: Trainer) -> Shrunk:
     return replace(shrunk, model=model.eval(), grids=grids)
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+def _bits(
+    layers: Mapping[nn.Conv2d | nn.Linear, nn.Parameter], step: QuantizeStep
+) -> dict[nn.Parameter, int]:
+    """Of each weight; where layers share one, the most that any of them takes."""
+    found: dict[nn.Parameter, int] = {}
+    for index, (layer, weight) in enumerate(layers.items()):
+        is_sensitive = index in (0, len(layers) - 1) or _is_depthwise(layer)
+        bits = max(step.bits, step.sensitive_bits) if is_sensitive else step.bits
+        found[weight] = max(bits, found.get(weight, 0))
+    return found
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
@@ -145,16 +161,11 @@ class _Codebook(_Rounding):
         return levels
 
 
-def _settle(layer: nn.Module) -> Quantized:
-    """Put the quantized weight into the layer, as a plain parameter."""
-    rounding = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
-    assert isinstance(rounding, _Rounding)
+def _settle(weight: nn.Parameter, rounding: _Rounding) -> Quantized:
+    """Round the weight in place: whatever shares it goes on sharing it."""
     quantized = rounding.quantized()
     with torch.no_grad():
-        weight = layer.weight.detach().clone()  # type: ignore[operator]
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    values = quantized.values(quantized.codes(weight))
-    layer.weight = nn.Parameter(values)
+        weight.copy_(quantized.values(quantized.codes(rounding(weight))))
     return quantized
 
 
@@ -206,11 +217,17 @@ def _k_means(weight: Tensor, num_levels: int) -> Tensor:
 
 
 def _simplify_norms(model: nn.Module) -> None:
-    """Batch norms as a factor and an offset: mean 0 and variance 1, which cost a file nothing."""
+    """Batch norms as a factor and an offset: mean 0 and variance 1, which cost a file nothing.
+
+    Those that share them stay: each has statistics of its own.
+    """
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     for norm in model.modules():
         if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
             continue
         if norm.running_mean is None or norm.running_var is None or not norm.affine:
+            continue
+        if owners[norm.weight] != 1 or owners[norm.bias] != 1:
             continue
         with torch.no_grad():
             factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny_students import (
     trainer_of,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from pbkd.artifacts import tensors_digest
 from pbkd.config import PruneStep, TuneConfig
@@ -247,6 +249,21 @@ def test_a_killed_pruning_ends_as_one_that_was_not(scope, signs, tmp_path, monke
     assert _result(tmp_path / "killed", scope) == expected
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("signs", [2, 3, 6, 7])
+def test_a_pruning_killed_between_draws_ends_as_one_that_was_not(
+    scope, signs, tmp_path, monkeypatch
+):
+    """Checkpoints after every step, masks at the first of each epoch."""
+    monkeypatch.setattr(training, "_LONG_EPOCH_S", 0.0)
+    monkeypatch.setattr(training, "_SAVING_SHARE", math.inf)
+    monkeypatch.setattr(prune, "_LEAST_UPDATES", 2)
+    expected = _result(tmp_path / "whole", scope)
+    with pytest.raises(Killed):
+        _result(tmp_path / "killed", scope, _after(signs))
+    assert _result(tmp_path / "killed", scope) == expected
+
+
 def test_the_streams_are_as_long_as_the_tests_say():
     assert sum(1 for _ in stream(0).rows(0, TUNE.batch_size)) == 3
 
@@ -256,3 +273,12 @@ def test_a_student_without_layers_is_told(tmp_path):
     shrunk.model.net = nn.Identity()
     with pytest.raises(ShrinkError, match="no convolution or linear layer"):
         prune.apply(shrunk, PruneStep(sparsity=0.5, tune=NO_TUNE), trainer_of(tmp_path))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_a_weight_that_a_parametrization_makes_is_told(norm, scope, tmp_path):
+    shrunk = learner()
+    norm(shrunk.model.net.classifier)
+    with pytest.raises(ShrinkError, match=r"layer classifier: .*remove_parametrizations\(layer"):
+        apply(shrunk, PruneStep(sparsity=0.5, scope=scope, tune=TUNE), trainer_of(tmp_path))

@@ -6,15 +6,19 @@ import copy
 
 import pytest
 import torch
+from tiny_students import images_of, learner, reloaded, tied, trainer_of
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from pbkd.config import AugmentConfig, QuantizeStep, TuneConfig
 from pbkd.data import Stream, load_prepared
-from pbkd.errors import ArtifactError
+from pbkd.errors import ArtifactError, ShrinkError
 from pbkd.models import load_teacher, predict
 from pbkd.shrink import Shrunk, Trainer
+from pbkd.shrink.container import pack
 from pbkd.shrink.grids import Codebook, Grid, codes_of
 from pbkd.shrink.quantize import _best_steps, _k_means, _simplify_norms, apply
+from pbkd.shrink.unpacking import load_packed, read_packed
 from pbkd.students import load_model
 
 NO_TUNE = TuneConfig(epochs=0)
@@ -173,6 +177,44 @@ def test_the_folder_gives_the_student_back(shrunk, trainer, tmp_path):
         assert torch.equal(grid.levels, got.grids[name].levels)
 
 
+@pytest.mark.parametrize("form", ["grid", "codebook"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_tied_weights_stay_tied_and_files_give_the_same_logits(form, epochs, tmp_path):
+    step = QuantizeStep(form=form, bits=3, tune=TuneConfig(epochs=epochs, batch_size=16))
+    got = apply(tied(), step, trainer_of(tmp_path))
+    net = got.model.net
+    assert net.left.weight is net.right.weight is net.kernel
+    assert {f"net.{name}" for name in ("left.weight", "right.weight", "kernel")} < got.grids.keys()
+
+    x, path = images_of(got.card), tmp_path / "model.pbkd"
+    path.write_bytes(pack(got))
+    with torch.no_grad():
+        logits = got.model(x)
+        assert torch.equal(reloaded(got, tmp_path / "folder")(x), logits)
+        assert torch.equal(load_packed(read_packed(path), allow_code=True).model(x), logits)
+
+
+def test_a_tied_weight_has_the_bits_of_its_most_sensitive_layer(tmp_path):
+    step = QuantizeStep(bits=3, sensitive_bits=6, tune=NO_TUNE)
+    grids = apply(tied(), step, trainer_of(tmp_path)).grids
+    assert {name: grid.bits for name, grid in grids.items()} == {
+        "net.stem.weight": 6,
+        "net.fc.weight": 3,
+        "net.left.weight": 6,
+        "net.right.weight": 6,
+        "net.kernel": 6,
+    }
+
+
+@pytest.mark.parametrize("form", ["grid", "codebook"])
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_a_weight_that_a_parametrization_makes_is_told(norm, form, tmp_path):
+    shrunk = learner()
+    norm(shrunk.model.net.classifier)
+    with pytest.raises(ShrinkError, match=r"layer classifier: .*remove_parametrizations\(layer"):
+        apply(shrunk, QuantizeStep(form=form), trainer_of(tmp_path))
+
+
 # ---------------------------------------------------------------- what is not quantized
 
 
@@ -187,6 +229,15 @@ def test_simple_norms_give_the_same(shrunk):
     for norm in norms:
         assert bool((norm.running_mean == 0).all())
         assert bool((norm.running_var == 1).all())
+
+
+def test_norms_that_share_a_scale_give_the_same():
+    shrunk = tied()
+    x = images_of(shrunk.card)
+    with torch.no_grad():
+        before = shrunk.model(x)
+        _simplify_norms(shrunk.model)
+        torch.testing.assert_close(shrunk.model(x), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rest", "expected"), [("float16", True), ("float32", False)])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pbkd.config import AugmentConfig, CandidateConfig, LowRankConfig, SeparableConfig
 from pbkd.data import Split, Stream
@@ -68,6 +70,36 @@ def stitched() -> Shrunk:
             },
         )
     )
+
+
+class _Tied(nn.Module):
+    """One weight in two convolutions and in a function of its own; one scale in two norms."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.fc = nn.Linear(8, num_classes)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 3, padding=2, dilation=2)  # the last layer by its place
+        self.right.weight = self.kernel = self.left.weight
+        self.norms[1].weight = self.norms[0].weight
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x_nchw))
+        x = torch.relu(self.norms[0](self.left(x)))
+        x = torch.relu(self.norms[1](self.right(x)))
+        x = torch.relu(F.conv2d(x, self.kernel, padding=1))
+        return self.fc(x.mean((2, 3)))
+
+
+def tied_network(num_classes: int, in_channels: int) -> nn.Module:
+    return _Tied(num_classes, in_channels)
+
+
+def tied() -> Shrunk:
+    """A student for the streams, with weights that several layers share."""
+    return student_of(card_of("tiny_students:tied_network", channels=1, num_classes=2))
 
 
 def every_student() -> dict[str, Shrunk]:
