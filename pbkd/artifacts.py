@@ -7,6 +7,7 @@ under its key in one rename, so whatever is there is complete.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,13 +340,12 @@ def _publish(item: Path, path: Path, key: str) -> None:
 
 
 def _remove_broken(path: Path, key: str) -> None:
-    aside = temporary_path(path.with_name(f"{path.name}.broken"))
-    with suppress(FileNotFoundError):  # another writer removed it first
-        path.rename(aside)
-        if _is_whole(aside, key):  # another writer replaced it just now
-            with suppress(OSError):  # and a third one this one
-                aside.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
+    broken = temporary_path(path.with_name(f"{path.name}.broken"))
+    with (path.parents[1] / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another writer may be putting a whole one here
+        if path.exists() and not _is_whole(path, key):
+            path.rename(broken)
+    shutil.rmtree(broken, ignore_errors=True)
 
 
 def _is_whole(folder: Path, key: str) -> bool:

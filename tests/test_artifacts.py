@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -175,10 +176,10 @@ def test_the_current_folder_is_filled_and_stays_the_current_folder(
     folder = tmp_path / "folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    with pytest.raises(TypeError), atomic_dir(Path()) as temporary:
+    with pytest.raises(TypeError), atomic_dir(folder) as temporary:
         _write_half(temporary / "file")
     assert list(folder.iterdir()) == []
-    with atomic_dir(Path()) as temporary:
+    with atomic_dir(folder) as temporary:
         (temporary / "below").mkdir()
         (temporary / "below" / "file").touch()
         assert not Path("below").exists()
@@ -314,7 +315,8 @@ def test_writers_in_step_all_succeed(store: Store, broken: bool) -> None:
     def put_all() -> None:
         for key in keys:
             in_step.wait()
-            store.put("trainees", key, _write_item)
+            path = store.put("trainees", key, _write_item)
+            assert (path / "weights").read_bytes() == b"0123456789"
 
     with ThreadPoolExecutor(num_writers) as pool:
         for done in [pool.submit(put_all) for _ in range(num_writers)]:
@@ -327,20 +329,16 @@ def test_writers_in_step_all_succeed(store: Store, broken: bool) -> None:
 def test_a_whole_item_that_took_the_place_of_a_broken_one_stays(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another writer replaces the broken item after this one has seen it."""
     path = store.put("trainees", KEY, _write_item)
     whole = path.rename(path.with_name("whole"))
-    _truncate(store.put("trainees", KEY, _write_item))
-    rename = Path.rename
-
-    def rename_late(source: Path, target: Path) -> Path:
-        if source == path and whole.exists():
-            shutil.rmtree(path)
-            rename(whole, path)
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "rename", rename_late)
     inode = (whole / "weights").stat().st_ino
+    _truncate(store.put("trainees", KEY, _write_item))
+
+    def wait_for_another_writer(file: object, operation: int) -> None:
+        shutil.rmtree(path)
+        whole.rename(path)
+
+    monkeypatch.setattr(fcntl, "flock", wait_for_another_writer)
     store.put("trainees", KEY, _write_item)
     assert (path / "weights").stat().st_ino == inode
     assert list(path.parent.iterdir()) == [path]

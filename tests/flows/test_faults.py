@@ -47,10 +47,12 @@ def wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> None:
 def is_at_work(project: Project, stage: str) -> bool:
     """Whether a stage has begun to write."""
     root = project.root
+    histories = list((root / ".pbkd" / "progress").glob("*.jsonl"))
     places = {
         "prepare": (root / "data").glob(".prepared.*.tmp"),
         "activations": (root / ".pbkd" / "store" / "activations").glob("*.parts/item/*"),
-        "distill": (root / ".pbkd" / "progress").glob("*.jsonl"),
+        "distill": iter(histories),
+        "finetune": (path for path in histories if "val_accuracy" in path.read_text()),
     }
     default = (root / "artifacts").glob(f".{stage}.*.tmp/**/history.jsonl")
     return any(True for _ in places.get(stage, default))
