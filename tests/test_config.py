@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ),
         ("evaluate: {latency_batch_sizes: [1, 0]}", "evaluate.latency_batch_sizes.1: got 0"),
         ("shrink: {recipe: [prune]}", "shrink.recipe.0: got 'prune'"),
+        (
+            "shrink: {overrides: {hlf: []}}",
+            "params.yaml: shrink.overrides: got `hlf`, which is no student; did you mean `half`?",
+        ),
+        ("distill: {lr: .inf}", "distill.lr: got inf; Input should be a finite number"),
+        ("teacher: {mean: [.nan], std: [1.0]}", "teacher.mean.0: got nan"),
+        ("stitch: {max_damage: .nan}", "stitch.max_damage: got nan"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),
     ],
 )
@@ -281,3 +289,10 @@ def test_a_tune_of_some_keys_has_the_steps_own_epochs(method: str, epochs: int) 
     step = {"method": method, **settings, "tune": {"lr": 0.5}}
     (step,) = Params.model_validate({"shrink": {"recipe": [step]}}).shrink.recipe
     assert (step.tune.epochs, step.tune.lr) == (epochs, 0.5)
+
+
+def test_recipes_may_name_students_of_a_sweep_and_no_damage_may_be_too_large(
+    tmp_path: Path,
+) -> None:
+    text = "stitch: {max_damage: .inf, sweep: {points: 3}}\nshrink: {overrides: {sweep-*: []}}"
+    assert _load(tmp_path, text).stitch.max_damage == math.inf

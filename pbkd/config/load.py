@@ -77,8 +77,11 @@ def _explain_one(entry: Any) -> tuple[str, str]:
         known = [field.alias or name for name, field in section.model_fields.items()]
         hint = did_you_mean(key, known, f"known are {', '.join(known)}")
         return ".".join([*where, key]), f"unknown key; {hint}"
-    where, _ = _walk(location)
     text = entry["msg"].removeprefix("Value error, ")
+    if not entry["loc"]:
+        where, _, said = text.partition(": ")  # of several sections, which the message names
+        return where, said
+    where, _ = _walk(location)
     if where[-1:] == ["kind"] and entry["type"] == "string_pattern_mismatch":
         text = "expected package.module:function"
     return ".".join(where), f"got {entry['input']!r}; {text}"

@@ -6,6 +6,7 @@ Everything here may change results, so DVC watches it; what may not is in ``pbkd
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from pbkd.config.candidates import CandidateConfig, SeparableConfig
 from pbkd.config.distillation import DistillationConfig
 from pbkd.config.section import Fraction, Section
 from pbkd.config.shrink import ShrinkConfig
+from pbkd.errors import did_you_mean
 
 
 class AugmentConfig(Section):
@@ -245,7 +247,9 @@ class StitchConfig(Section):
     max_damage: float = Field(
         1.0,
         ge=0,
-        description="mean KL divergence of the logits, nats, over which a candidate is left out",
+        allow_inf_nan=True,
+        description="mean KL divergence of the logits, nats, over which a candidate is left out; "
+        ".inf: none is",
     )
     latency_batch_size: int = Field(1, ge=1, description="images per batch for `max_latency`")
     latency_threads: int | None = Field(
@@ -363,3 +367,16 @@ class Params(Section):
     shrink: ShrinkConfig = ShrinkConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     register_: RegisterConfig = Field(RegisterConfig(), alias="register")
+
+    @model_validator(mode="after")
+    def _recipes_have_students(self) -> Params:
+        sweep = self.stitch.sweep
+        swept = [f"sweep-{number + 1}" for number in range(sweep.points if sweep else 0)]
+        names = [*self.stitch.students, *swept]
+        for glob in self.shrink.overrides:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise ValueError(
+                    f"shrink.overrides: got `{glob}`, which is no student; "
+                    + did_you_mean(glob, names, f"there are {', '.join(names)}")
+                )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -29,14 +30,15 @@ def damages(
 
     Args:
         chosen: (block, candidate).
-        max_damage: limit above which a block keeps the teacher's module, nats; 0 has no place on
-            a logarithmic scale and is left out.
+        max_damage: limit above which a block keeps the teacher's module, nats; 0 and infinity have
+            no place on a logarithmic scale and are left out.
     """
     rows = {block: row for row, block in enumerate(dict.fromkeys(t.block for t in trainees))}
     styles = _styles(trainees)
     figure, axes = new_figure(5, 0.22 * len(rows) + 1.1)
     positive = [t.damage.kl for t in trainees if t.damage.kl is not None and t.damage.kl > 0]
-    marks = [*positive, max_damage] if max_damage > 0 else positive
+    has_limit = 0 < max_damage < math.inf
+    marks = [*positive, max_damage] if has_limit else positive
     low, high = min(marks, default=0.1) / 2, max(marks, default=1) * 2
     for trainee in trainees:
         style = styles[trainee.candidate]
@@ -60,7 +62,7 @@ def damages(
                 "not finite", (high, row), (-7, 0), textcoords="offset points", ha="right",
                 va="center", fontsize=8, color=style.colour,
             )  # fmt: skip
-    if max_damage > 0:
+    if has_limit:
         axes.axvline(max_damage, color=INK, linewidth=1.5, linestyle="--")
         above = axes.get_xaxis_transform()
         axes.text(max_damage, 1, "max_damage", ha="center", va="bottom", transform=above)

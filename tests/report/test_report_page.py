@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -240,13 +241,19 @@ def test_figures_that_were_not_measured_are_said_to_be_so(figures):
 
 @pytest.mark.parametrize(
     ("kls", "limit"),
-    [({"a": 0.5}, 0.0), ({}, 1.0), ({"a": 0.0, "c": 2.0}, 1.0), ({"a": None}, 0.0)],
-    ids=["limit of 0", "no candidate", "damage of 0", "nothing finite, limit of 0"],
+    [
+        ({"a": 0.5}, 0.0),
+        ({"a": 0.5}, math.inf),
+        ({}, 1.0),
+        ({"a": 0.0, "c": 2.0}, 1.0),
+        ({"a": None}, 0.0),
+    ],
+    ids=["limit of 0", "no limit", "no candidate", "damage of 0", "nothing finite, limit of 0"],
 )
 def test_damages_that_a_logarithmic_scale_does_not_hold_are_no_obstacle(kls, limit):
     text = damages([trainee(block, "x", kl) for block, kl in kls.items()], set(), limit)
     assert all(f">{block}</text>" in text for block in kls)
-    assert ("max_damage" in text) == (limit > 0)
+    assert ("max_damage" in text) == (0 < limit < math.inf)
     assert ("not finite" in text) == (None in kls.values())
 
 
