@@ -113,7 +113,8 @@ def test_a_run_holds_every_parameter_by_its_name_in_the_file(workspace):
 def test_globs_of_overrides_are_in_the_value_of_one_parameter(workspace):
     blocks = {"layer3.*": [{"kind": "identity"}], "layer3[01].conv?": [{"kind": "separable"}]}
     shrink = {"plain-*": [{"method": "prune", "sparsity": 0.5}]}
-    given = {"blocks": {"overrides": blocks}, "shrink": {"overrides": shrink}}
+    stitch = {"students": {"plain-half": {"max_macs": 0.5}}}
+    given = {"blocks": {"overrides": blocks}, "stitch": stitch, "shrink": {"overrides": shrink}}
     run = PipelineRun.current(workspace, Params.model_validate(given))
     params = run.client.get_run(run.run_id).data.params
     logged = json.loads(params["blocks.overrides"])
