@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -114,9 +115,9 @@ def compress(
         ``students``, each one by its name.
 
     Raises:
-        ConfigError: unknown settings. DataError: data that cannot be used. TeacherError: a model
-        that cannot. BlockError: nothing in it can be replaced. BudgetError: limits that no choice
-        keeps to. TrainingError: no memory, or a block's loss that is not finite.
+        ConfigError: unknown or wrong settings. DataError: data that cannot be used. TeacherError: a
+        model that cannot. BlockError: nothing in it can be replaced. BudgetError: limits that no
+        choice keeps to. TrainingError: no memory, or a block's loss that is not finite.
 
     Example:
         ``student = pbkd.compress(model, train, val, budget={"max_parameters": 0.25})``
@@ -128,9 +129,9 @@ def compress(
         blocks=_section(BlocksConfig, blocks, "blocks"),
         activations=_section(ActivationsConfig, activations, "activations"),
         distill=_section(DistillConfig, distill, "distill"),
-        stitch=_with_budgets(stitch, {_ONE: budget} if students is None else students),
+        stitch=_with_budgets(stitch, budget, students),
         finetune=_section(FinetuneConfig, finetune, "finetune"),
-        seed=seed,
+        seed=_seed(seed),
     )
     if settings.finetune.baselines:
         raise ConfigError("finetune.baselines: only `pbkd run` trains baselines; leave it out")
@@ -156,10 +157,10 @@ def _teacher(
     settings: Settings,
 ) -> tuple[Classifier, ModelCard]:
     channels, height, width = splits.train.images.shape[1:]
-    mean = tuple(mean) if mean is not None else (0.0,) * channels
-    std = tuple(std) if std is not None else (1.0,) * channels
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigError(f"mean, std: expected {channels} values each, one per channel")
+    mean = (0.0,) * channels if mean is None else _per_channel(mean, channels, "mean")
+    std = (1.0,) * channels if std is None else _per_channel(std, channels, "std")
+    if min(std) <= 0:
+        raise ConfigError(f"std: got {std}, expected figures above 0")
     net = copy.deepcopy(model).cpu()
     largest = int(max(splits.train.labels.max(), splits.val.labels.max()))
     num_classes = max(largest + 1, _num_logits(net, splits.train.images.shape[1:]))
@@ -184,6 +185,18 @@ def _teacher(
     return teacher, card
 
 
+def _per_channel(given: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        values = []
+    if len(values) != channels or not np.isfinite(values).all():
+        raise ConfigError(
+            f"{name}: got {given!r}, expected one finite number per channel ({channels})"
+        )
+    return tuple(values)
+
+
 def _num_logits(net: nn.Module, shape: tuple[int, ...]) -> int:
     """How many classes the model tells apart; 0 where it does not say."""
     try:
@@ -202,27 +215,47 @@ def _code(net: nn.Module) -> list[str]:
     return [repr(net), *sources]
 
 
+def _seed(given: int) -> int:
+    """Also of an integer that is none of Python's own, such as numpy's."""
+    try:
+        seed = operator.index(given)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < 2**31:
+        raise ConfigError(f"seed: got {given!r}, expected an integer from 0 to 2**31 - 1")
+    return seed
+
+
 def _with_budgets(
-    given: StitchConfig | Mapping[str, Any] | None, budgets: Mapping[str, Budget | None]
+    given: StitchConfig | Mapping[str, Any] | None,
+    budget: Budget | None,
+    students: Mapping[str, Budget] | None,
 ) -> StitchConfig:
-    """The section with these budgets in place of its own; None: half the MACs."""
+    """The section with these budgets in place of its own."""
     section = _section(StitchConfig, given, "stitch")
     if taken := section.model_fields_set & {"students", "sweep"}:
         raise ConfigError(
             f"stitch.{min(taken)}: give limits by the argument `budget`, or several by `students`"
         )
-    if not isinstance(budgets, Mapping):
-        raise ConfigError(f"students: got {type(budgets).__name__}, expected {{name: limits}}")
-    wanted: dict[str, Any] = {
-        name: {"max_macs": 0.5}
-        if budget is None
-        else budget.model_dump()
-        if isinstance(budget, StudentConfig)
-        else dict(budget)
-        for name, budget in budgets.items()
-    }
+    if students is None:
+        wanted = {_ONE: _limits(budget, "budget")}
+    elif isinstance(students, Mapping):
+        wanted = {name: _limits(own, f"students.{name}") for name, own in students.items()}
+    else:
+        raise ConfigError(f"students: got {students!r}, expected {{name: limits}}")
     own = section.model_dump(exclude={"students", "sweep"})
     return _section(StitchConfig, own | {"students": wanted}, "stitch")
+
+
+def _limits(budget: Budget | None, name: str) -> Mapping[str, Any]:
+    """As a mapping; None: half the MACs."""
+    if budget is None:
+        return {"max_macs": 0.5}
+    if isinstance(budget, StudentConfig):
+        return budget.model_dump()
+    if not isinstance(budget, Mapping):
+        raise ConfigError(f"{name}: got {budget!r}, expected limits such as {{'max_macs': 0.25}}")
+    return dict(budget)
 
 
 def _section(kind: type[S], given: S | Mapping[str, Any] | None, name: str) -> S:

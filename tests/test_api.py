@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pbkd
 from pbkd.arrays import split_of
@@ -161,15 +163,65 @@ def test_a_budget_that_cannot_be_kept_is_told_before_any_training(
     assert not (tmp_path / "store").exists()
 
 
+class Streamed(IterableDataset[Any]):
+    """Pairs that can only be read in their order."""
+
+    def __init__(self, pairs: list[Any]) -> None:
+        self.pairs = pairs
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.pairs)
+
+
 def test_data_may_be_arrays_tensors_or_pairs() -> None:
     images, labels = _data(9)
     floats = torch.from_numpy(images) / 255
     pairs = [(image, int(label)) for image, label in zip(floats, labels, strict=True)]
-    for given in ((images, labels), (floats, torch.from_numpy(labels)), pairs, iter(pairs)):
+    tensors = TensorDataset(floats, torch.from_numpy(labels))
+    for given in (
+        (images, labels),
+        [images, list(labels)],
+        tensors.tensors,
+        tensors,
+        DataLoader(tensors, batch_size=None),
+        pairs,
+        iter(pairs),
+        Streamed(pairs),
+    ):
         split = split_of(given, "train")
         assert split.images.dtype == np.uint8
         assert np.array_equal(split.images, images)
         assert np.array_equal(split.labels, labels)
+
+
+def test_two_pairs_are_told_from_two_arrays() -> None:
+    images, labels = _data(2)
+    for given in (
+        ([*images], [*labels]),
+        [[image, label] for image, label in zip(images, labels, strict=True)],
+        tuple(zip(images, labels, strict=True)),
+    ):
+        split = split_of(given, "train")
+        assert np.array_equal(split.images, images)
+        assert np.array_equal(split.labels, labels)
+
+
+def test_numbers_of_numpy_and_torch_count_as_pythons(model: nn.Module, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "budget": {"max_macs": 1.0},
+        "finetune": {"epochs": 0},
+        "distill": {"epochs": 1},
+        "folder": tmp_path,
+    }
+    data, val = _data(64), _data(60, seed=1)
+    pbkd.compress(model, data, val, seed=1, mean=[0.25], std=[0.5], **settings)
+    items = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    mean, std = torch.full((1, 1, 1), 0.25), np.float32(0.5)
+    pbkd.compress(model, data, val, seed=np.int64(1), mean=mean, std=std, **settings)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")} == items
+
+
+PAIRS = TensorDataset(torch.zeros(6, 1, 8, 8), torch.arange(6))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +234,29 @@ def test_data_may_be_arrays_tensors_or_pairs() -> None:
         ({"stitch": {"sweep": {"points": 3}}}, ConfigError, r"stitch\.sweep: give limits by"),
         ({"finetune": {"baselines": ["scratch"]}}, ConfigError, "only `pbkd run` trains"),
         ({"finetune": {"teachers": "cached"}}, ConfigError, "only `pbkd run` keeps labels"),
-        ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, ConfigError, "expected 1 values each"),
+        ({"budget": 0.25}, ConfigError, "budget: got 0.25, expected limits such as"),
+        ({"budget": "25%"}, ConfigError, "budget: got '25%', expected limits such as"),
+        ({"budget": {"max_macs": True}}, ConfigError, "max_macs: .* expected a limit such as"),
+        ({"students": {"a": 0.25}}, ConfigError, r"students\.a: got 0.25, expected limits"),
+        ({"students": ["a"]}, ConfigError, r"students: got \['a'\], expected {name: limits}"),
+        ({"seed": None}, ConfigError, "seed: got None, expected an integer from 0"),
+        ({"seed": -1}, ConfigError, "seed: got -1, expected an integer from 0"),
+        ({"seed": 0.5}, ConfigError, "seed: got 0.5, expected an integer from 0"),
+        ({"mean": [0.5, 0.5]}, ConfigError, r"mean: got \[0.5, 0.5\], expected one finite number"),
+        ({"mean": "gray"}, ConfigError, "mean: got 'gray', expected one finite number"),
+        ({"mean": [float("nan")]}, ConfigError, r"mean: got \[nan\], expected one finite number"),
+        ({"std": [float("inf")]}, ConfigError, r"std: got \[inf\], expected one finite number"),
+        ({"std": [0]}, ConfigError, r"std: got \(0.0,\), expected figures above 0"),
         ({"model": two_outputs(3, 1)}, TeacherError, "gives tuple in training mode"),
         ({"blocks": BlocksConfig(select="residual")}, BlockError, "matches nothing in Odd"),
-        ({"train": []}, DataError, "train: expected .* pairs"),
-        ({"train": [(np.zeros((1, 8, 8), np.uint8), 0, 1)]}, DataError, "train: expected"),
+        ({"train": []}, DataError, "train: got nothing, expected .* pairs"),
+        ({"train": None}, DataError, "train: got NoneType, expected .* pairs"),
+        ({"train": [(np.zeros((1, 8, 8), np.uint8), 0, 1)]}, DataError, "as an item, expected"),
+        ({"train": [("1.png", 0)]}, DataError, "train: pixels of type <U5, expected uint8"),
+        ({"train": [(np.zeros((1, 8, 8), np.uint8), 0.5)]}, DataError, "got 0.5 as an image's"),
+        ({"train": DataLoader(PAIRS, batch_size=3)}, DataError, "give its `dataset`, not the"),
+        ({"train": [PAIRS, PAIRS]}, DataError, "got TensorDataset, which is no array"),
+        ({"val": (_data(9)[0], _data(8)[1])}, DataError, r"labels of shape \(8,\)"),
         ({"val": (np.zeros((4, 8, 8), np.uint8), np.zeros(4, int))}, DataError, "val: images of"),
         ({"val": (np.zeros((4, 1, 8, 8)) - 1, np.zeros(4, int))}, DataError, "normalisation"),
         ({"val": (np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4))}, DataError, "labels of shape"),

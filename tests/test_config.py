@@ -138,6 +138,20 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ),
         ("distill: {lr: .inf}", "distill.lr: got inf; Input should be a finite number"),
         ("teacher: {mean: [.nan], std: [1.0]}", "teacher.mean.0: got nan"),
+        ("teacher: {mean: [0.5], std: [.inf]}", "teacher.std.0: got inf"),
+        ("finetune: {temperature: .inf}", "finetune.temperature: got inf"),
+        (
+            "stitch: {students: {a: {max_macs: true}}}",
+            "stitch.students.a.max_macs: got True; expected a limit such as 0.25, 25% or 40M",
+        ),
+        (
+            "shrink: {recipe: [{method: prune_channels, max_latency: true}]}",
+            "shrink.recipe.0.prune_channels.max_latency: got True; expected a limit",
+        ),
+        (
+            "stitch: {sweep: {points: 3}}\nshrink: {overrides: {sweep-4: []}}",
+            "shrink.overrides: got `sweep-4`, which is no student; did you mean `sweep-3`?",
+        ),
         ("stitch: {max_damage: .nan}", "stitch.max_damage: got nan"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),
     ],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from pbkd.config.section import Section
 
@@ -85,13 +85,15 @@ def parse_limit(text: float | str, figure: Figure) -> Limit:
     return Limit(value * _UNITS[unit], is_share=False)
 
 
-def _checked(figure: Figure) -> AfterValidator:
-    def check(text: float | str | None) -> float | str | None:
+def _checked(figure: Figure) -> BeforeValidator:
+    """Before pydantic, which would take a boolean for a number."""
+
+    def check(text: Any) -> Any:
         if text is not None:
             parse_limit(text, figure)
         return text
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 MacsLimit = Annotated[float | str | None, _checked("macs")]

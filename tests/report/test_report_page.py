@@ -53,6 +53,7 @@ def page_of(
     candidate: str = "separable",
     network: str = "net",
     kl: float | None = 0.25,
+    max_damage: float = 1.0,
     **measured: object,
 ) -> str:
     return render(
@@ -63,7 +64,7 @@ def page_of(
             measured=figures[1].model_copy(update=measured),
             choices={"half": [kept(name, kl)]},
             trainees=[trainee(name, candidate, kl)],
-            max_damage=1.0,
+            max_damage=max_damage,
         )
     )
 
@@ -225,6 +226,11 @@ def test_a_block_phase_that_lists_no_jobs_is_told_without_a_chart(figures):
     page = Page(page_of(figures, block_phase=phase_of(3, 2).model_copy(update={"jobs": ()})))
     assert any("3 jobs on 2 workers" in line for line in page.text)
     assert len(page.all("svg")) == 4 + 3 + 3
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, math.inf])
+def test_a_limit_of_damage_that_is_not_drawn_is_not_spoken_of(figures, limit):
+    assert ("dashed line" in page_of(figures, max_damage=limit)) == (limit == 1.0)
 
 
 def test_figures_that_were_not_measured_are_said_to_be_so(figures):
