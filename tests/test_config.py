@@ -146,11 +146,19 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ),
         (
             "shrink: {recipe: [{method: prune_channels, max_latency: true}]}",
-            "shrink.recipe.0.prune_channels.max_latency: got True; expected a limit",
+            "shrink.recipe.0.max_latency: got True; expected a limit",
         ),
         (
             "stitch: {sweep: {points: 3}}\nshrink: {overrides: {sweep-4: []}}",
             "shrink.overrides: got `sweep-4`, which is no student; did you mean `sweep-3`?",
+        ),
+        (
+            "shrink: {recipe: [{method: prune, sparsty: 0.5}]}",
+            "shrink.recipe.0.sparsty: unknown key; did you mean `sparsity`?",
+        ),
+        (
+            "shrink: {overrides: {half: [{method: quantize, bits: 9}]}}",
+            "shrink.overrides.half.0.bits: got 9",
         ),
         ("stitch: {max_damage: .nan}", "stitch.max_damage: got nan"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),

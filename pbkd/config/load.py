@@ -135,17 +135,28 @@ def _as_section(annotation: Any) -> type[BaseModel] | None:
     return annotation if is_section else None
 
 
-def _members(annotation: Any) -> dict[str, Any]:
-    """A union's members by the names that pydantic gives them in a location."""
+def _members(annotation: Any, key: str | None = None) -> dict[str, Any]:
+    """A union's members by the names that pydantic gives them in a location.
+
+    Args:
+        annotation: any type.
+        key: the field that tells the members apart, where one does.
+    """
     if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
+        inner, *extras = get_args(annotation)
+        keys = [found for e in extras if isinstance(found := getattr(e, "discriminator", None), str)]
+        return _members(inner, *keys)
     if get_origin(annotation) not in _UNIONS:
         return {}
-    members = {}
-    for member in get_args(annotation):
-        tags = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
-        members[tags[0] if tags else getattr(member, "__name__", str(member))] = member
-    return members
+    return {_member_name(member, key): member for member in get_args(annotation)}
+
+
+def _member_name(member: Any, key: str | None) -> str:
+    section = _as_section(member)
+    if key is not None and section is not None:
+        return str(section.model_fields[key].default)
+    tags = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
+    return tags[0] if tags else getattr(member, "__name__", str(member))
 
 
 def _inside(annotation: Any, part: str) -> Any:
