@@ -301,12 +301,24 @@ def _driver() -> str:
 
 
 def _experiment(client: Any, workspace: Workspace) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return str(found.experiment_id)
-    is_local = tracking_uri(workspace).startswith("sqlite:")
-    location = _artifacts(workspace).as_uri() if is_local else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    if found is None:
+        is_local = tracking_uri(workspace).startswith("sqlite:")
+        location = _artifacts(workspace).as_uri() if is_local else None
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        except MlflowException:  # another workspace was faster
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"the experiment `{EXPERIMENT}` was deleted in MLflow; `mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}` brings it back"
+        )
+    return str(found.experiment_id)
 
 
 def _is_open(client: Any, run_id: str) -> bool:

@@ -313,6 +313,29 @@ def test_a_block_that_failed_shows_as_failed(workspace):
     assert child.info.status == "FAILED"
 
 
+def test_a_deleted_experiment_is_told_with_what_restores_it(workspace):
+    run = begin(workspace)
+    run.end()
+    run.client.delete_experiment(run.experiment_id)
+    with pytest.raises(TrackingError, match=f"restore --experiment-id {run.experiment_id}`"):
+        begin(workspace)
+    run.client.restore_experiment(run.experiment_id)
+    assert begin(workspace).run_id != run.run_id
+
+
+def test_an_experiment_that_another_workspace_just_made_is_taken(workspace, monkeypatch):
+    client = mlflow_client(workspace)
+    create = type(client).create_experiment
+
+    def slow(*args: object, **options: object) -> str:
+        create(*args, **options)  # another one is faster
+        return create(*args, **options)
+
+    monkeypatch.setattr(type(client), "create_experiment", slow)
+    run = begin(workspace)
+    assert [found.info.run_id for found in runs_of(run)] == [run.run_id]
+
+
 def test_a_store_that_does_not_answer_is_named(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
