@@ -38,6 +38,7 @@ PARAMS = {
     "blocks": {"candidates": [{"kind": "separable", "depth": 2}]},
     "activations": {"chunk": 64, "max_cache_gb": 4.0},
     "distill": {"epochs": 6, "patience": 100, "score_images": 64},
+    "stitch": {"students": {"half": {"max_macs": 0.5}}},
 }
 
 
