@@ -38,6 +38,7 @@ from pbkd.report import (
 from pbkd.report.plan import feed_of
 from pbkd.report.plan_plots import durations_s
 from pbkd.report.tables import counted
+from pbkd.settings import Settings
 from pbkd.tracking import PipelineRun
 from pbkd.tracking.mlflow_run import tracking_uri
 
@@ -318,8 +319,9 @@ def mlflow_line(workspace: Workspace, run: PipelineRun) -> str:
     """Where the run is in MLflow: a link, or the command that shows a local store."""
     uri = tracking_uri(workspace)
     page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}?{_FOR_MODELS}"
-    if uri.startswith(("http://", "https://")):
-        return f"MLflow: [run {run.run_id}]({without_secrets(uri).rstrip('/')}/{page})"
+    is_server = uri.startswith(("http://", "https://"))
+    if server := uri if is_server else Settings.from_env().mlflow_url:
+        return f"MLflow: [run {run.run_id}]({without_secrets(server).rstrip('/')}/{page})"
     return (
         f"MLflow: run `{run.run_id}`; start `mlflow server --backend-store-uri "
         f"{without_secrets(uri)}`, then open `http://127.0.0.1:5000/{page}`"

@@ -118,18 +118,23 @@ def services_of(
     near, far = _names_of(host)
     given_api = os.environ.get("PREFECT_API_URL") or None
     given_store = os.environ.get("MLFLOW_TRACKING_URI", "")
+    is_given = given_store.startswith("http")
+    addresses = Addresses(
+        prefect_api=given_api or f"http://{far}:{prefect_port}/api",
+        mlflow=given_store if is_given else f"http://{far}:{mlflow_port}",
+    )
     services = []
     if given_api is None:
         _check_free(host, prefect_port, "--prefect-port")
         services.append(_prefect(logs, host, near, prefect_port))
-    if not given_store.startswith("http"):
+    environment = {"PREFECT_API_URL": given_api or f"http://{near}:{prefect_port}/api"}
+    if not is_given:
         _check_free(host, mlflow_port, "--mlflow-port")
         services.append(_mlflow(workspace, logs, host, mlflow_port))
-    services.append(_worker(logs, given_api or f"http://{near}:{prefect_port}/api", pool))
-    return services, Addresses(
-        prefect_api=given_api or f"http://{far}:{prefect_port}/api",
-        mlflow=given_store if given_store.startswith("http") else f"http://{far}:{mlflow_port}",
-    )
+        # the worker's runs use the store itself, as `pbkd run` does; links lead to the server
+        environment["PBKD_MLFLOW_URL"] = os.environ.get("PBKD_MLFLOW_URL") or addresses.mlflow
+    services.append(_worker(logs, pool, environment))
+    return services, addresses
 
 
 def _names_of(host: str) -> tuple[str, str]:
@@ -179,15 +184,15 @@ def _mlflow(workspace: Workspace, logs: Path, host: str, port: int) -> Service:
     )
 
 
-def _worker(logs: Path, api: str, pool: str) -> Service:
+def _worker(logs: Path, pool: str, environment: dict[str, str]) -> Service:
     name = f"{socket.gethostname()}-{os.getpid()}"
-    # its runs use the tracking store itself, as `pbkd run` does
+    api = environment["PREFECT_API_URL"]
     return Service(
         "the worker",
         ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name],
         logs / "worker.log",
         lambda: _is_at_work(api, pool, name),
-        {"PREFECT_API_URL": api},
+        environment,
     )
 
 

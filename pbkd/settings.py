@@ -55,6 +55,11 @@ class Settings(BaseModel):
         None,
         description="folder of the device locks; default: in the temporary folder",
     )
+    mlflow_url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="where MLflow's pages show the local store; Prefect's pages then link to them",
+    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from pbkd.config.candidates import KINDS
 from pbkd.config.sections import Params
@@ -144,8 +145,10 @@ def _members(annotation: Any, key: str | None = None) -> dict[str, Any]:
     """
     if get_origin(annotation) is Annotated:
         inner, *extras = get_args(annotation)
-        keys = [found for e in extras if isinstance(found := getattr(e, "discriminator", None), str)]
-        return _members(inner, *keys)
+        fields = [extra for extra in extras if isinstance(extra, FieldInfo)]
+        return _members(
+            inner, *(f.discriminator for f in fields if isinstance(f.discriminator, str))
+        )
     if get_origin(annotation) not in _UNIONS:
         return {}
     return {_member_name(member, key): member for member in get_args(annotation)}

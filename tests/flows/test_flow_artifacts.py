@@ -271,6 +271,16 @@ def test_a_local_store_is_told_by_its_command(workspace: Workspace, run: Pipelin
     assert "#/experiments/7/runs/abc" in line
 
 
+def test_a_server_of_the_local_store_is_linked(
+    workspace: Workspace, run: PipelineRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PBKD_MLFLOW_URL", "http://127.0.0.1:5100")
+    assert mlflow_line(workspace, run) == (
+        "MLflow: [run abc](http://127.0.0.1:5100/#/experiments/7/runs/abc?"
+        "workflowType=machine_learning)"
+    )
+
+
 def test_a_server_is_linked_without_its_password(
     workspace: Workspace, run: PipelineRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

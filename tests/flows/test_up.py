@@ -112,6 +112,21 @@ def test_servers_of_the_environment_are_used_and_not_started(tmp_path, monkeypat
     assert (addresses.prefect, addresses.mlflow) == ("http://prefect:4200", "http://mlflow:5000")
 
 
+def test_the_workers_runs_link_to_the_pages_of_their_store(tmp_path, monkeypatch):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PBKD_MLFLOW_URL"):
+        monkeypatch.delenv(name, raising=False)
+    workspace = Workspace(tmp_path, tmp_path / ".pbkd")
+    ports = free_port(), free_port()
+    expected = {
+        "PREFECT_API_URL": f"http://127.0.0.1:{ports[0]}/api",
+        "PBKD_MLFLOW_URL": f"http://127.0.0.1:{ports[1]}",
+    }
+    assert services_of(workspace, "gpu", "127.0.0.1", *ports)[0][-1].environment == expected
+    monkeypatch.setenv("PBKD_MLFLOW_URL", "https://tunnel")
+    expected["PBKD_MLFLOW_URL"] = "https://tunnel"
+    assert services_of(workspace, "gpu", "127.0.0.1", *ports)[0][-1].environment == expected
+
+
 # ---------------------------------------------------------------- the deployment
 
 
