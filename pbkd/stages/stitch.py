@@ -8,9 +8,11 @@ store; what depends on a student's budget is written by ``finish`` alone.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from pbkd.artifacts import Workspace, atomic_dir, digest_of, link_tree, read_json, write_json
 from pbkd.devices import best_device
@@ -51,12 +53,20 @@ ALGORITHM = 3
 STITCH = "stitch.json"
 
 
+def _from_null(limit: Any) -> Any:
+    return math.inf if limit is None else limit
+
+
+def _to_null(limit: float) -> float | None:
+    return limit if math.isfinite(limit) else None
+
+
 class Stitched(BaseModel):
     """What ``stitch.json`` says of a student.
 
     Attributes:
         limits: figure (parameters, macs, bytes, latency in milliseconds) to what was allowed.
-        max_damage: nats, over which a candidate was left out.
+        max_damage: nats, over which a candidate was left out; null in the file: infinity.
         predicted: sums over the blocks' options and the rest.
         predicted_damage: sum of the chosen candidates' damages, nats.
         measured: of the stitched model; latency beside the teacher's, null unless it was limited.
@@ -69,7 +79,9 @@ class Stitched(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     limits: dict[str, float]
-    max_damage: float
+    max_damage: Annotated[
+        float, BeforeValidator(_from_null), PlainSerializer(_to_null, when_used="json")
+    ]
     choices: tuple[Choice, ...]
     predicted: Figures
     predicted_damage: float

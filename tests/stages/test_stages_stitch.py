@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -188,6 +189,13 @@ def test_the_key_knows_neither_name_nor_budget_but_what_changes_the_model(distil
     assert job.key == first
     assert key(recalibrate_batches=1) != first
     assert key(recalibrate_batches=2, repair={"method": "joint"}) != first
+
+
+def test_no_limit_of_damage_is_null_in_the_file(distilled):
+    run(distilled, students={"a": {"max_parameters": 0.4}}, max_damage=math.inf)
+    file = distilled.artifacts("stitch") / "a" / stitch.STITCH
+    assert '"max_damage": null' in file.read_text()
+    assert stitch.read_stitched(distilled, "a").max_damage == math.inf
 
 
 def test_the_old_output_is_imported_where_the_store_is_new(distilled):
