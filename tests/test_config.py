@@ -160,6 +160,12 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
             "shrink: {overrides: {half: [{method: quantize, bits: 9}]}}",
             "shrink.overrides.half.0.bits: got 9",
         ),
+        ("distill: {lr: true}", "params.yaml: distill.lr: got True; expected a number"),
+        ("evaluate: {latency_batch_sizes: [1, true]}", "latency_batch_sizes.1: got True"),
+        (
+            "shrink: {recipe: [{method: prune, sparsity: 0.5, tune: {lr: true}}]}",
+            "shrink.recipe.0.tune.lr: got True; expected a number",
+        ),
         ("stitch: {max_damage: .nan}", "stitch.max_damage: got nan"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -32,9 +33,12 @@ def load_params(path: Path) -> Params:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {type(content).__name__}, expected sections like `seed: 0`")
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_explain(error.errors()))) from None
+    if switches := list(_switches(content, params.model_dump(by_alias=True))):
+        raise ConfigError(f"{path}: " + "; ".join(switches))
+    return params
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -51,6 +55,18 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _switches(content: Any, read: Any, where: tuple[str, ...] = ()) -> Iterator[str]:
+    """A line per `true` or `false` that was read as a number, as pydantic does."""
+    if isinstance(content, dict) and isinstance(read, dict):
+        for key in filter(read.__contains__, content):
+            yield from _switches(content[key], read[key], (*where, str(key)))
+    elif isinstance(content, list) and isinstance(read, (list, tuple)):
+        for index, pair in enumerate(zip(content, read, strict=False)):
+            yield from _switches(*pair, (*where, str(index)))
+    elif isinstance(content, bool) and type(read) in (int, float):
+        yield f"{'.'.join(where)}: got {content}; expected a number"
 
 
 def _explain(errors: list[Any]) -> list[str]:
