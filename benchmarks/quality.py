@@ -80,7 +80,7 @@ QUICK = Case(
         "stitch": {
             "max_damage": 5.0,
             "students": {"12": {"max_parameters": 0.125}, "25": {"max_parameters": 0.25}},
-            "repair": {"epochs": 2, "batch_size": 128},
+            "repair": {"epochs": 3, "batch_size": 128},
         },
         "finetune": {"epochs": 2, "batch_size": 128, "baselines": ["scratch", "distill"]},
         "shrink": _NO_RECIPE,

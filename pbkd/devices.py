@@ -26,8 +26,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def channels_last(module: nn.Module) -> nn.Module:
     """Give a module's convolutions the layout in which they run fastest, in place; values stay.
 
-    On CPUs a depthwise convolution takes a fifth of the time, forward and backward; a 1x1 one a
-    quarter, a dense one two thirds (benchmarks/layout.py). GPUs' tensor cores want it, too.
+    On CPUs a depthwise convolution takes a fifth to four fifths of the time, forward and backward,
+    by the processor; others up to a third less (benchmarks/convolutions.py). GPUs' tensor cores
+    want it, too.
     """
     for parameter in module.parameters():
         if parameter.dim() == 4:
