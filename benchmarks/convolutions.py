@@ -16,9 +16,9 @@ from functools import partial
 
 import harness
 import torch
+from published import in_layout, laid_out
 from torch import Tensor, nn
 
-from pbkd.devices import channels_last, in_channels_last
 from pbkd.models import NetworkSpec, build_network
 
 _BATCH = 64
@@ -44,13 +44,9 @@ class _Case:
     module: nn.Module
     x_nchw: Tensor
 
-    def run(self, *, is_last: bool, mixed: bool, is_step: bool) -> float:
+    def run(self, layout: torch.memory_format, *, mixed: bool, is_step: bool) -> float:
         """Seconds of one pass, or of a pass with its backward pass."""
-        # cheap beside the pass: what changes is the order of the strides
-        if is_last:
-            module, x_nchw = channels_last(self.module), in_channels_last(self.x_nchw)
-        else:
-            module, x_nchw = _default_layout(self.module), self.x_nchw.clone()
+        module, x_nchw = in_layout(self.module, layout), laid_out(self.x_nchw, layout)
         module.zero_grad(set_to_none=True)  # gradients have the layout of the pass before
         start = time.perf_counter()
         with torch.set_grad_enabled(is_step), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -64,18 +60,17 @@ def main() -> None:
     """Measure, then report."""
     options = harness.parser(__doc__).parse_args()
     repeats = 5 if options.quick else 15
-    rows, samples, steps = [], {}, {}
+    rows, samples = [], {}
     for name, case in _cases().items():
         for is_step in (False, True):
-            case.run(is_last=True, mixed=False, is_step=is_step)  # warm
+            case.run(torch.channels_last, mixed=False, is_step=is_step)  # warm
             found = harness.interleaved(_variants(case, is_step), repeats)
             what = "step" if is_step else "forward"
             samples[f"{name}, {what}"] = found
-            steps[name] = {variant: harness.median(times) for variant, times in found.items()}
             rows.append({"what": name, "pass": what} | _row(found))
     settings = {"batch": _BATCH, "channels": _CHANNELS, "side": _SIDE, "networks": _NETWORKS}
     settings |= {"threads": torch.get_num_threads(), "native bfloat16": _is_native()}
-    harness.finish("convolutions", settings, samples, rows, _targets(steps))
+    harness.finish("convolutions", settings, samples, rows, _targets(samples))
 
 
 def _cases() -> dict[str, _Case]:
@@ -94,33 +89,31 @@ def _conv(kernel: int, *, groups: int = 1, stride: int = 1) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(_CHANNELS), nn.ReLU())
 
 
-def _default_layout(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
-    return module
-
-
 def _variants(case: _Case, is_step: bool) -> dict[str, Callable[[], float]]:
     """What pbkd does, and each thing that it does done otherwise."""
     return {
-        "default layout": partial(case.run, is_last=False, mixed=False, is_step=is_step),
-        "channels-last": partial(case.run, is_last=True, mixed=False, is_step=is_step),
-        "bfloat16": partial(case.run, is_last=True, mixed=True, is_step=is_step),
+        "default layout": partial(case.run, torch.contiguous_format, mixed=False, is_step=is_step),
+        "channels-last": partial(case.run, torch.channels_last, mixed=False, is_step=is_step),
+        "bfloat16": partial(case.run, torch.channels_last, mixed=True, is_step=is_step),
     }
 
 
 def _row(found: Mapping[str, list[float]]) -> dict[str, str]:
-    ours = harness.median(found["channels-last"])
     row = {f"{name} (ms)": f"{1e3 * harness.median(times):.1f}" for name, times in found.items()}
     others = [name for name in found if name != "channels-last"]
-    return row | {f"{name}, times": f"{harness.median(found[name]) / ours:.2f}" for name in others}
+    return row | {f"{name}, times": f"{_times(found, name):.2f}" for name in others}
 
 
-def _targets(steps: Mapping[str, Mapping[str, float]]) -> list[harness.Target]:
+def _times(found: Mapping[str, list[float]], variant: str) -> float:
+    """How many times as long as in pbkd's way."""
+    return harness.median(found[variant]) / harness.median(found["channels-last"])
+
+
+def _targets(samples: Mapping[str, Mapping[str, list[float]]]) -> list[harness.Target]:
     """That channels-last is the faster layout, and that bfloat16 is not faster for all networks."""
-    networks = [steps[name] for name in _NETWORKS]
-    layout = min(found["default layout"] / found["channels-last"] for found in networks)
-    bfloat16 = max(found["bfloat16"] / found["channels-last"] for found in networks)
+    steps = [samples[f"{name}, step"] for name in _NETWORKS]
+    layout = min(_times(found, "default layout") for found in steps)
+    bfloat16 = max(_times(found, "bfloat16") for found in steps)
     return [
         harness.Target(
             "worst network's step: default layout over channels-last", layout, "at least", 1.0, "x"

@@ -75,7 +75,7 @@ class _Baseline:
     def images(self, epoch: int) -> Iterator[Tensor]:
         """The stream's batches of one epoch, (B, C, H, W), in the recipe's layout."""
         for batch in self.train.epoch(epoch, self.recipe.batch_size):
-            yield _copy(batch.images_nchw, self.recipe.layout)
+            yield laid_out(batch.images_nchw, self.recipe.layout)
 
     def rounded(self, x: Tensor, y: Tensor) -> Pair:
         """Input and output of a block as pbkd's sources hand them out."""
@@ -274,10 +274,10 @@ def in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
     """Give a module's convolutions a layout, in place; values stay."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
-            parameter.data = _copy(parameter.data, layout)
+            parameter.data = laid_out(parameter.data, layout)
     return module
 
 
-def _copy(x_nchw: Tensor, layout: torch.memory_format) -> Tensor:
-    # unlike contiguous(memory_format=...), also where one channel fits both layouts
+def laid_out(x_nchw: Tensor, layout: torch.memory_format) -> Tensor:
+    """A copy in a layout, unlike ``contiguous`` also where one channel fits both layouts."""
     return torch.empty_like(x_nchw, memory_format=layout).copy_(x_nchw)
