@@ -2,7 +2,7 @@
 
 Single convolutions and whole networks, forward alone and forward with backward: PyTorch's default
 layout, channels-last (what pbkd takes), and channels-last under bfloat16 autocast (what
-``mixed_precision`` does on a GPU, and not on a CPU).
+``mixed_precision: always`` does).
 
     .venv/bin/python benchmarks/convolutions.py --quick
 """

@@ -44,7 +44,7 @@ from outcome import CACHE, PUBLISHED, RELAY, Cost, Outcome, Result
 from published import Published
 
 from pbkd.activations import CacheSource, RelaySource
-from pbkd.devices import best_device
+from pbkd.devices import best_device, is_mixed_on
 from pbkd.measure import EnergyMeter, device_info, nvml_counters
 
 _FULL = Size("cifar_vgg16", num_train=45_000, num_val=2048, batch_size=512)
@@ -247,7 +247,7 @@ def _settings(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "data": "synthetic" if options.data is None else "prepared",
         "views": case.activations.views,
         "dtype": case.activations.dtype,
-        "mixed_precision": case.distill.mixed_precision and options.device == "cuda",
+        "mixed_precision": is_mixed_on(torch.device(options.device), case.distill.mixed_precision),
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
         "published": _NOTE,
         **({} if options.device == "cuda" else {"warning": _CPU_NOTE}),

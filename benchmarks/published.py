@@ -30,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbkd.config import MixedPrecision
 from pbkd.data import Stream
+from pbkd.devices import autocast
 from pbkd.distill import relative_l2
 
 Pair = tuple[Tensor, Tensor]
@@ -45,7 +47,7 @@ class Recipe:
         num_steps: of the whole training, per candidate: the length of the cosine schedule.
         dtype: activations are rounded to it, and go back to float32 before a candidate sees them.
         layout: of weights and images.
-        mixed_precision: candidates run under bfloat16 autocast, on a GPU only; as in pbkd.
+        mixed_precision: candidates run under bfloat16 autocast, as in pbkd.
     """
 
     batch_size: int
@@ -54,7 +56,7 @@ class Recipe:
     num_steps: int
     dtype: torch.dtype
     layout: torch.memory_format = torch.channels_last
-    mixed_precision: bool = False
+    mixed_precision: MixedPrecision = False
 
 
 class _Baseline:
@@ -84,8 +86,7 @@ class _Baseline:
     def loss(self, path: str, pair: Pair) -> Tensor:
         """A candidate's loss on its block's rounded input and output."""
         x, target = pair[0].float(), pair[1].float()
-        mixed = self.recipe.mixed_precision and x.device.type == "cuda"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+        with autocast(x.device, self.recipe.mixed_precision):
             output = self.candidates[path](x)
         return relative_l2(output.float(), target)
 

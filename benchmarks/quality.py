@@ -17,7 +17,7 @@ import argparse
 import json
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,8 @@ def main() -> None:
     options = _options()
     cifar.begin(options)
     cases = (QUICK,) if options.quick else FULL
+    if options.bfloat16:
+        cases = tuple(_in_bfloat16(case) for case in cases)
     for case in cases:
         if options.case not in (None, case.name):
             continue
@@ -169,7 +171,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--without-baselines", action="store_true", help="leave them to another call"
     )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="every training under autocast, on a CPU, too"
+    )
     return parser.parse_args()
+
+
+def _in_bfloat16(case: Case) -> Case:
+    always = {"mixed_precision": "always"}
+    params = {name: dict(section) for name, section in case.params.items()}
+    for name in ("teacher", "distill", "finetune"):
+        params[name] |= always
+    params["stitch"]["repair"] = params["stitch"]["repair"] | always
+    return replace(case, params=params)
 
 
 # ---------------------------------------------------------------- running

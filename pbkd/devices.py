@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,16 @@ def in_channels_last(x_nchw: Tensor, dtype: torch.dtype | None = None) -> Tensor
     """
     copy = torch.empty_like(x_nchw, dtype=dtype, memory_format=torch.channels_last)
     return copy.copy_(x_nchw)
+
+
+def is_mixed_on(device: torch.device, mixed_precision: bool | Literal["always"]) -> bool:
+    """Whether the setting wants bfloat16 on this device; ``"always"`` is for CPUs, too."""
+    return mixed_precision == "always" or (mixed_precision and device.type == "cuda")
+
+
+def autocast(device: torch.device, mixed_precision: bool | Literal["always"]) -> torch.autocast:
+    """bfloat16 autocast where the setting wants it, else float32 throughout."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_mixed_on(device, mixed_precision))
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         ),
         (
             "blocks: {candidates: [{kind: 'm:f', settings: {a: [1]}}]}",
-            "blocks.candidates.0.settings.a: got [1]; Input should be a valid string; or got [1];",
+            "blocks.candidates.0.settings.a: got [1]; Input should be a valid string; or Input "
+            "should be a valid integer",
         ),
         ("evaluate: {latency_batch_sizes: [1, 0]}", "evaluate.latency_batch_sizes.1: got 0"),
         ("shrink: {recipe: [prune]}", "shrink.recipe.0: got 'prune'"),
@@ -165,6 +166,11 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> No
         (
             "shrink: {recipe: [{method: prune, sparsity: 0.5, tune: {lr: true}}]}",
             "shrink.recipe.0.tune.lr: got True; expected a number",
+        ),
+        (
+            "finetune: {mixed_precision: alway}",
+            "finetune.mixed_precision: got 'alway'; Input should be a valid boolean, unable to "
+            "interpret input; or Input should be 'always'",
         ),
         ("stitch: {max_damage: .nan}", "stitch.max_damage: got nan"),
         ("register: {name: a/b}", "register.name: got 'a/b'"),

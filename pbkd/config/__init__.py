@@ -14,7 +14,7 @@ from pbkd.config.candidates import (
 from pbkd.config.distillation import DistillationConfig
 from pbkd.config.edits import Edit, Factorized, Resized
 from pbkd.config.load import load_params
-from pbkd.config.section import Fraction, Section
+from pbkd.config.section import Fraction, MixedPrecision, Section
 from pbkd.config.sections import (
     ActivationsConfig,
     AugmentConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "Limit",
     "LowRankConfig",
     "LowRankStep",
+    "MixedPrecision",
     "NarrowConfig",
     "Params",
     "PrepareConfig",

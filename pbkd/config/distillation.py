@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pbkd.config.section import Fraction, Section
+from pbkd.config.section import Fraction, MixedPrecision, Section
 
 
 class DistillationConfig(Section):
@@ -20,7 +20,7 @@ class DistillationConfig(Section):
     batch_size: int = Field(64, ge=2, description="images per step")
     lr: float = Field(0.05, gt=0, description="peak of the one-cycle schedule (SGD with Nesterov)")
     weight_decay: float = Field(5e-4, ge=0)
-    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
+    mixed_precision: MixedPrecision = True
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
     label_weight: Fraction = Field(
         0.1, description="share of the cross-entropy with labels; the rest is distillation"

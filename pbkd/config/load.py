@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
@@ -80,8 +80,14 @@ def _explain(errors: list[Any]) -> list[str]:
             continue  # a list with wrong entries counts as one without them
         where, said = _explain_one(entry)
         lines.setdefault(where, []).append(said)
-    # several of one place are the members of a union, none of which fits
-    return [f"{where}: {'; or '.join(dict.fromkeys(said))}" for where, said in lines.items()]
+    return [f"{where}: {_alternatives(said)}" for where, said in lines.items()]
+
+
+def _alternatives(said: list[str]) -> str:
+    """What is said of one place: of a union's members, none of which fits, what each expects."""
+    first, *others = dict.fromkeys(said)
+    got = first.partition("; ")[0] + "; "
+    return "; or ".join([first, *(other.removeprefix(got) for other in others)])
 
 
 def _explain_one(entry: Any) -> tuple[str, str]:
@@ -174,6 +180,8 @@ def _member_name(member: Any, key: str | None) -> str:
     section = _as_section(member)
     if key is not None and section is not None:
         return str(section.model_fields[key].default)
+    if get_origin(member) is Literal:
+        return f"literal[{','.join(map(repr, get_args(member)))}]"
     tags = [extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag)]
     return tags[0] if tags else getattr(member, "__name__", str(member))
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pbkd.config.budgets import StudentConfig, SweepConfig
 from pbkd.config.candidates import CandidateConfig, SeparableConfig
 from pbkd.config.distillation import DistillationConfig
-from pbkd.config.section import Fraction, Section
+from pbkd.config.section import Fraction, MixedPrecision, Section
 from pbkd.config.shrink import ShrinkConfig
 from pbkd.errors import did_you_mean
 
@@ -125,7 +125,7 @@ class TeacherConfig(Section):
     lr: float = Field(0.1, gt=0, description="peak of the schedule")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty; decoupled for adamw")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share spread over all classes")
-    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
+    mixed_precision: MixedPrecision = True
     augment: AugmentConfig = Field(
         AugmentConfig(),
         description="for the teacher's training and for every later stage that trains",
@@ -208,7 +208,7 @@ class DistillConfig(Section):
     patience: int = Field(
         4, ge=1, description="epochs without a better validation loss before training stops"
     )
-    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
+    mixed_precision: MixedPrecision = True
     min_improvement: float = Field(
         1e-3, ge=0, description="relative fall of the validation loss that counts as better"
     )
@@ -229,7 +229,7 @@ class RepairConfig(Section):
     epochs: int = Field(1, ge=0, description="passes over the training split")
     batch_size: int = Field(64, ge=2, description="images per step")
     lr: float = Field(5e-3, gt=0, description="start of the cosine schedule (AdamW)")
-    mixed_precision: bool = Field(True, description="bfloat16 autocast; on a GPU only")
+    mixed_precision: MixedPrecision = True
 
 
 _NAME = r"^[A-Za-z0-9][\w.-]*$"

@@ -17,6 +17,7 @@ from pbkd.activations import Activation
 from pbkd.artifacts import digest_of, save_tensors, write_json
 from pbkd.blocks import Discovery, candidate_name
 from pbkd.config import ActivationsConfig, CandidateConfig, DistillConfig
+from pbkd.devices import autocast, is_mixed_on
 from pbkd.distill.loss import LOSSES
 from pbkd.models import ModelCard
 from pbkd.seeding import derive_seed
@@ -324,13 +325,12 @@ class Trainee:
 
     def _loss(self, activation: Activation) -> Tensor:
         x, target = activation.input, activation.output
-        mixed = self.config.mixed_precision and x.is_cuda
-        dtype = torch.bfloat16 if mixed else torch.float32
+        is_mixed = is_mixed_on(x.device, self.config.mixed_precision)
         # the candidate may overwrite its input, and others read the original
-        own = x.to(dtype, copy=True)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+        own = x.to(torch.bfloat16 if is_mixed else torch.float32, copy=True)
+        with autocast(x.device, self.config.mixed_precision):
             output = self.module(own)
-        return self.loss(output, target if mixed else target.float())
+        return self.loss(output, target if is_mixed else target.float())
 
     def _better(self, val_loss: float) -> None:
         if val_loss < self._best.loss * (1 - self.config.min_improvement):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pbkd.config import Section
+from pbkd.config import MixedPrecision, Section
 
 RISE = 0.25
 """Share of the steps for which one_cycle rises."""
@@ -28,7 +28,7 @@ class Recipe:
     weight_decay: float
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
-    mixed_precision: bool = False
+    mixed_precision: MixedPrecision = False
     seconds: float | None = None
 
     @classmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pbkd.artifacts import load_checkpoint, save_checkpoint
 from pbkd.data.batches import Batch, Stream
+from pbkd.devices import autocast
 from pbkd.errors import TrainingError
 from pbkd.models.guard import DivergedError, Guard, Watch
 from pbkd.models.inference import predict
@@ -242,9 +243,7 @@ class Run:
 
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; the loss stays on the device."""
-        device_type = batch.images_nchw.device.type
-        mixed = self.recipe.mixed_precision and device_type == "cuda"
-        with torch.autocast(device_type, torch.bfloat16, enabled=mixed):
+        with autocast(batch.images_nchw.device, self.recipe.mixed_precision):
             logits_nk = self.model(batch.images_nchw)
         step_loss = self.loss(batch, logits_nk.float())
         if self.guard is not None and self.watch.max_loss is None:

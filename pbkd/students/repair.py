@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.activations import Activation, Capture
 from pbkd.config import RepairConfig
 from pbkd.data.batches import Stream
-from pbkd.devices import enough_memory
+from pbkd.devices import autocast, enough_memory
 from pbkd.distill import damage_kl, relative_l2
 from pbkd.models import Classifier, predict
 from pbkd.students.recalibrate import recalibrate as recalibrate
@@ -189,11 +189,9 @@ class Repair:
         return torch.stack(losses)
 
     def _step(self, images_nchw: Tensor) -> Tensor:
-        device_type = images_nchw.device.type
-        mixed = self.config.mixed_precision and device_type == "cuda"
         self.losses.clear()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device_type, torch.bfloat16, enabled=mixed):
+        with autocast(images_nchw.device, self.config.mixed_precision):
             self.targets = self.capture(images_nchw)
             with suppress(_PassIsOver), torch.set_grad_enabled(not self.is_local):
                 self.student(images_nchw)

@@ -88,6 +88,22 @@ def test_on_the_cpu_they_are_the_trainees_own_steps(tmp_path: Path) -> None:
     assert [t.lr for t in one] == [t.lr for t in other]
 
 
+def test_on_the_cpu_bfloat16_is_taken_where_it_is_always_wanted(tmp_path: Path) -> None:
+    found, losses = {}, {}
+    for setting in (False, True, "always"):
+        trainees = three(tmp_path / str(setting), "cpu", mixed_precision=setting)
+        take_steps = Steps()
+        for batch in batches("cpu"):
+            take_steps(trainees, batch)
+        found[setting] = weights(trainees)
+        losses[setting] = torch.tensor([t._losses for t in trainees])
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    for exact, rounded in zip(found[False], found["always"], strict=True):
+        assert exact.dtype == rounded.dtype
+        assert not exact.is_floating_point() or not torch.equal(exact, rounded)
+    torch.testing.assert_close(losses[False], losses["always"], rtol=1e-2, atol=0)
+
+
 @needs_gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("mixed_precision", [True, False])

@@ -84,6 +84,17 @@ def test_training_learns(tmp_path: Path) -> None:
     assert not model.training
 
 
+def test_training_in_bfloat16_learns_and_keeps_float32_weights(tmp_path: Path) -> None:
+    model = _linear()
+    recipe = Recipe(epochs=3, batch_size=8, lr=0.5, weight_decay=0.0, mixed_precision="always")
+    seen = []
+    model[1].register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
+    history = tmp_path / "history.jsonl"
+    assert fit(model, _stream(), _stream(seed=1), _learn, recipe, history=history) == 1.0
+    assert set(seen) == {torch.bfloat16, torch.float32}  # in steps, and on the validation split
+    assert all(weights.dtype == torch.float32 for weights in model.parameters())
+
+
 def test_the_first_weights_are_kept_where_every_epoch_is_worse(tmp_path: Path) -> None:
     model = _linear(scale=1.0)
     start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -118,6 +118,19 @@ def test_the_student_comes_nearer_to_its_teacher(tmp_path, kind, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_in_bfloat16_the_student_comes_nearer_to_its_teacher_as_well(tmp_path, method):
+    teacher, before, _, train = pair()
+    student, lines = run(tmp_path, method=method, mixed_precision="always", epochs=6, lr=1e-2)
+    exact, _ = run(tmp_path, method=method, epochs=6, lr=1e-2)
+    assert lines[-1]["train_loss"] < lines[1]["train_loss"]
+    assert kl(teacher, student, train) < kl(teacher, before, train)
+    first = student.net.get_submodule("features.0"), exact.net.get_submodule("features.0")
+    for weights, others in zip(*(block.parameters() for block in first), strict=True):
+        assert weights.dtype == torch.float32
+        assert not torch.equal(weights, others)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_labels_are_not_used(tmp_path, method):
     rng = np.random.default_rng(5)
     split = random_split(64)
