@@ -6,7 +6,14 @@ from pbkd.blocks.candidates import (
     init_candidate,
     settle_candidate,
 )
-from pbkd.blocks.discover import BlockFacts, CandidateFacts, Discovery, Rejected, find_blocks
+from pbkd.blocks.discover import (
+    BlockFacts,
+    CandidateFacts,
+    Discovery,
+    Rejected,
+    find_blocks,
+    parameter_uses,
+)
 from pbkd.blocks.swap import swap, swapped
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "candidate_name",
     "find_blocks",
     "init_candidate",
+    "parameter_uses",
     "settle_candidate",
     "swap",
     "swapped",

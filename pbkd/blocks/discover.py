@@ -239,21 +239,26 @@ def _observe(net: nn.Module, paths: list[str], x_nchw: Tensor) -> dict[str, _Cal
     return observer.calls
 
 
+def parameter_uses(net: nn.Module) -> Counter[int]:
+    """``id`` of each parameter to the number of places in the network that hold it."""
+    return Counter(
+        id(parameter)
+        for _, module in net.named_modules(remove_duplicate=False)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 def _refuse(net: nn.Module, selected: list[str], calls: dict[str, _Call]) -> dict[str, str]:
     """Path to reason, for every selected block that cannot be replaced."""
     names: dict[int, list[str]] = {}
     for path, module in net.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    owners = Counter(
-        id(parameter)
-        for _, module in net.named_modules(remove_duplicate=False)
-        for parameter in module.parameters(recurse=False)
-    )
+    uses = parameter_uses(net)
     refused: dict[str, str] = {}
     for path in sorted(selected):  # a block before those inside it
         module = net.get_submodule(path)
         parents = [p for p in selected if path.startswith(p + ".") and p not in refused]
-        tied = sum(owners[id(p)] for p in module.parameters()) > len(list(module.parameters()))
+        tied = sum(uses[id(p)] for p in module.parameters()) > len(list(module.parameters()))
         if len(names[id(module)]) > 1:
             refused[path] = f"shared module: the same as {', '.join(names[id(module)])}"
         elif calls[path].times > 1:

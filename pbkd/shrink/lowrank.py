@@ -1,8 +1,9 @@
 """`low_rank`: what the student has left of dense layers becomes products of smaller ones.
 
 The factors are those of the candidate `low_rank`; a linear layer becomes two. Left alone are layers
-that would not become smaller, parts of candidates, depthwise convolutions, and layers that `prune`
-has thinned out: their factors would have no zeros.
+that would not become smaller, parts of candidates, depthwise convolutions, layers that share their
+weight (factors of its own for each would be more), and layers that `prune` has thinned out: their
+factors would have no zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pbkd.blocks import settle_candidate, swap
+from pbkd.blocks import parameter_uses, settle_candidate, swap
 from pbkd.blocks.factors import pair_matrices, rank_of_energy
 from pbkd.blocks.kinds.convs import Part
 from pbkd.config import Factorized, LowRankConfig, LowRankStep
@@ -68,12 +69,15 @@ def _dense_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     Only PyTorch's own classes: what a subclass does with its weight is not known.
     """
     found: dict[str, nn.Conv2d | nn.Linear] = {}
+    uses = parameter_uses(net)
     taken = [path for path, module in net.named_modules() if isinstance(module, Part | LinearPair)]
     for path, module in net.named_modules():
         if type(module) is not nn.Conv2d and type(module) is not nn.Linear:
             continue
         assert isinstance(module, nn.Conv2d | nn.Linear)
         if any(path.startswith(f"{outer}.") for outer in taken) or is_pruned(module.weight):
+            continue
+        if uses[id(module.weight)] > 1:
             continue
         if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1):
             found[path] = module

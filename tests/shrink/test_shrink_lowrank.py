@@ -13,6 +13,7 @@ from tiny_students import (
     macs_of,
     reloaded,
     stitched,
+    tied,
     trainer_of,
 )
 from torch import nn
@@ -123,6 +124,16 @@ def test_parts_of_candidates_depthwise_and_pruned_layers_are_left_alone(tmp_path
     for path in apply(mobile, STEPS["pair, ratio"], trainer_of(tmp_path)).card.edits[0].layers:
         layer = mobile.model.net.get_submodule(path)
         assert isinstance(layer, nn.Linear) or layer.groups == 1
+
+
+def test_layers_that_share_a_weight_are_left_alone(tmp_path):
+    shrunk = tied()
+    found = apply(shrunk, STEPS["pair, ratio"], trainer_of(tmp_path))
+    assert set(found.card.edits[0].layers) == {"stem", "fc"}
+    assert found.model.net.right.weight is found.model.net.left.weight
+    assert num_parameters(found.model) < num_parameters(shrunk.model)
+    x = images_of(found.card)
+    assert torch.equal(reloaded(found, tmp_path)(x), found.model(x))
 
 
 def test_twice_factorizes_no_factor(tmp_path):
