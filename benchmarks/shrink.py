@@ -118,7 +118,7 @@ def _low_rank(energy: float, tune: Mapping[str, Any]) -> dict[str, Any]:
 def _rows(tuning: Tuning, small: Mapping[str, Any]) -> dict[str, Row]:
     """Methods alone on the whole teacher, then combined; ``small`` is the distilled budget."""
     once, twice, slow = tuning.section(), tuning.section(epochs=2), tuning.section(lr=0.5)
-    long = tuning.section(epochs=max(1.0, 5 / tuning.epochs), lr=1.5)
+    long = tuning.section(epochs=max(1.0, 8 / tuning.epochs), lr=2.0)
     last = (_quantize(4, slow), _CODE)
     return {
         "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, once), _CODE)),

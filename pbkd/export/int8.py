@@ -5,8 +5,8 @@ have a scale per output channel and take 7 of int8's bits: x86 without VNNI adds
 in 16 bits, which 8 bits overflow, and the same file would answer worse there. Batch norm is folded
 into the convolutions first. The layer that gives the logits stays in float32 where it is small: it
 costs no time, and the logits are several times closer. So does a batch norm that no convolution
-takes up. Depthwise convolutions are int8 like others: in float32 they are slower. docs/export.md
-has the figures.
+takes up, and a convolution on the images that adds up few products: it is faster so. Depthwise
+convolutions are int8 like others: in float32 they are slower. docs/export.md has the figures.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ Calibration = Literal["MinMax", "Entropy", "Percentile"]
 _BATCH = 32
 _SMALL = 0.05
 """Up to this share of the weights, the last layer stays in float32."""
+_FEW = 32
+"""Up to so many products per output, 3x3 of RGB being 27, so do convolutions on the images."""
 
 
 def to_int8(
@@ -120,7 +122,7 @@ def _reader(images_nchw: Tensor) -> Any:
 
 
 def _kept_in_float(model: ModelProto) -> list[str]:
-    """Names of nodes: what gives the logits, where it holds few of the weights, and batch norms.
+    """Names of nodes: what gives the logits, where it holds few of the weights, batch norms, stems.
 
     A batch norm that could not be folded (its convolution was replaced by nothing) scales channels
     by very different factors; a range per tensor would round the small ones away.
@@ -132,7 +134,22 @@ def _kept_in_float(model: ModelProto) -> list[str]:
         for node in model.graph.node
         if node.op_type == "BatchNormalization"
         or (OUTPUT in node.output and sum(sizes.get(name, 0) for name in node.input) <= limit)
-    ]
+    ] + _stems(model)
+
+
+def _stems(model: ModelProto) -> list[str]:
+    """Names of convolutions on the normalised images that add up few products per output."""
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    images = {INPUT}
+    found = []
+    for node in model.graph.node:
+        if node.op_type in ("Sub", "Div") and node.input[0] in images:
+            images.update(node.output)
+        elif node.op_type == "Conv" and node.input[0] in images:
+            _, *window = weights[node.input[1]]
+            if math.prod(window) <= _FEW:
+                found.append(node.name)
+    return found
 
 
 def _copy_metadata(source: ModelProto, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 
 import pytest
@@ -25,7 +26,7 @@ def test_int8_is_smaller_and_close_to_the_model(files):
         assert found.same_predictions >= 0.8
 
 
-def test_convolutions_are_int8_and_a_small_last_layer_is_not(files):
+def test_convolutions_are_int8_and_a_small_stem_and_a_small_last_layer_are_not(files):
     import onnx
 
     graph = onnx.load(files.int8).graph
@@ -33,7 +34,11 @@ def test_convolutions_are_int8_and_a_small_last_layer_is_not(files):
     made_by = {output: node for node in graph.node for output in node.output}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert len(convolutions) > 3
-    for node in convolutions:
+    stem, *others = convolutions
+    window = next(tensor.dims[1:] for tensor in graph.initializer if tensor.name == stem.input[1])
+    assert math.prod(window) == 27
+    assert types[stem.input[1]] == onnx.TensorProto.FLOAT
+    for node in others:
         source = made_by[node.input[1]]
         assert source.op_type == "DequantizeLinear"
         assert types[source.input[0]] == onnx.TensorProto.INT8
@@ -83,6 +88,19 @@ def test_a_batch_norm_without_a_convolution_stays_in_float(vgg, tmp_path):
     assert {types[name] for name in left.input[1:]} == {onnx.TensorProto.FLOAT}
     found = parity(model, OnnxModel(tmp_path / "int8.onnx"), images_of(vgg.card, 100, seed=8))
     assert found.same_predictions >= 0.8
+
+
+def test_a_large_stem_is_int8(vgg, tmp_path):
+    import onnx
+
+    model = copy.deepcopy(vgg.model)
+    stem = model.net.features[0]
+    model.net.features[0] = torch.nn.Conv2d(3, stem.out_channels, 7, padding=3)
+    to_onnx(model, vgg.card, tmp_path / "large.onnx")
+    to_int8(tmp_path / "large.onnx", images_of(vgg.card, 40), tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    first = next(node for node in graph.node if node.op_type == "Conv")
+    assert first.input[1] not in {tensor.name for tensor in graph.initializer}
 
 
 def test_a_large_last_layer_is_int8(vgg, tmp_path):
