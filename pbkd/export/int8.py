@@ -145,7 +145,7 @@ def _stems(model: ModelProto) -> list[str]:
     for node in model.graph.node:
         if node.op_type in ("Sub", "Div") and node.input[0] in images:
             images.update(node.output)
-        elif node.op_type == "Conv" and node.input[0] in images:
+        elif node.op_type == "Conv" and node.input[0] in images and node.input[1] in weights:
             _, *window = weights[node.input[1]]
             if math.prod(window) <= _FEW:
                 found.append(node.name)

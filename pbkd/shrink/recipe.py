@@ -31,7 +31,7 @@ _STRUCTURES = "steps"
 """Folder of the models before a step changed their structure, by the number of their own step."""
 _STRUCTURAL = ("prune_channels", "low_rank")
 
-_ALGORITHMS = {"prune": 3, "prune_channels": 2, "low_rank": 2, "quantize": 3, "code": 1}
+_ALGORITHMS = {"prune": 3, "prune_channels": 2, "low_rank": 3, "quantize": 3, "code": 1}
 """Raised whenever the same settings would give another student, or old checkpoints do not fit."""
 
 
