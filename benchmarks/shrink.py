@@ -115,10 +115,14 @@ def _low_rank(energy: float, tune: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": "low_rank", "energy": energy, "tune": tune}
 
 
-def _rows(tuning: Tuning, small: Mapping[str, Any]) -> dict[str, Row]:
-    """Methods alone on the whole teacher, then combined; ``small`` is the distilled budget."""
+def _rows(tuning: Tuning, small: Mapping[str, Any], long: Mapping[str, Any]) -> dict[str, Row]:
+    """Methods alone on the whole teacher, then combined.
+
+    Args:
+        small: the distilled students' budget.
+        long: the ``tune`` of the one that is to be fast.
+    """
     once, twice, slow = tuning.section(), tuning.section(epochs=2), tuning.section(lr=0.5)
-    long = tuning.section(epochs=max(1.0, 8 / tuning.epochs), lr=2.0)
     last = (_quantize(4, slow), _CODE)
     return {
         "prune-75": Row("prune 75 %", _WHOLE, (_prune(0.75, once), _CODE)),
@@ -185,7 +189,7 @@ QUICK = Case(
         "finetune": {"epochs": 1, "batch_size": 128},
         "evaluate": _EVALUATE,
     },
-    rows=_rows(Tuning(1), {"max_parameters": 0.125}),
+    rows=_rows(Tuning(1), {"max_parameters": 0.125}, long=Tuning(1).section(epochs=8, lr=2.0)),
     claims=(Claim(100.0, kept=96.0),),
 )
 
@@ -207,7 +211,8 @@ FULL = Case(
         "finetune": {"epochs": 20, "patience": 20, "batch_size": _GPU_BATCH, "lr": 0.02},
         "evaluate": _EVALUATE | {"latency_batch_sizes": [1], "latency_seconds": 0.5},
     },
-    rows=_rows(_GPU_TUNING, _SMALL) | _more_rows(_GPU_TUNING, _SMALL, _MIDDLE),
+    rows=_rows(_GPU_TUNING, _SMALL, long=_GPU_TUNING.section(lr=1.5))
+    | _more_rows(_GPU_TUNING, _SMALL, _MIDDLE),
     claims=(Claim(250.0, kept=97.0), Claim(60.0, lost=0.5)),
 )
 
