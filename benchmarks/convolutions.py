@@ -19,6 +19,7 @@ import torch
 from published import in_layout, laid_out
 from torch import Tensor, nn
 
+from pbkd.devices import autocast
 from pbkd.models import NetworkSpec, build_network
 
 _BATCH = 64
@@ -49,7 +50,7 @@ class _Case:
         module, x_nchw = in_layout(self.module, layout), laid_out(self.x_nchw, layout)
         module.zero_grad(set_to_none=True)  # gradients have the layout of the pass before
         start = time.perf_counter()
-        with torch.set_grad_enabled(is_step), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.set_grad_enabled(is_step), autocast(x_nchw.device, mixed and "always"):
             y = module(x_nchw.requires_grad_(is_step))
         if is_step:
             y.float().square().mean().backward()

@@ -75,9 +75,8 @@ def _dense_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
         if type(module) is not nn.Conv2d and type(module) is not nn.Linear:
             continue
         assert isinstance(module, nn.Conv2d | nn.Linear)
-        if any(path.startswith(f"{outer}.") for outer in taken) or is_pruned(module.weight):
-            continue
-        if uses[id(module.weight)] > 1:
+        is_shared = uses[id(module.weight)] > 1
+        if is_shared or any(path.startswith(f"{o}.") for o in taken) or is_pruned(module.weight):
             continue
         if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1):
             found[path] = module
